@@ -54,7 +54,8 @@ class TestEdit:
             patched(b"new\n" + BEFORE + BEFORE, DIFF)
 
     def test_the_stated_line_decides_between_two(self) -> None:
-        assert patched(BEFORE + BEFORE, DIFF) == AFTER + BEFORE
+        old, new = (text[text.index(b"line 8\n") : text.index(b"line 13\n")] for text in (BEFORE, AFTER))
+        assert patched(old + b"one\ntwo\n" + old, DIFF) == old + b"one\ntwo\n" + new
 
     @pytest.mark.parametrize("line", [b"line 8\n", b"line 9\n", b"line 10\n", b"line 11\n", b"line 12\n"])
     def test_no_fuzz_anywhere(self, line: bytes) -> None:
@@ -74,8 +75,12 @@ class TestEdit:
             patched(BEFORE, diff)
 
     def test_a_last_line_without_its_end(self) -> None:
-        hunk = b"@@ -1,2 +1,2 @@\n one\n-two\n+three\n\\ No newline at end of file\n"
-        assert patched(b"one\ntwo\n", DIFF[: DIFF.index(b"@@")] + hunk) == b"one\nthree"
+        bare = b"\\ No newline at end of file\n"
+        hunk = b"@@ -1,2 +1,2 @@\n one\n-two\n" + bare + b"+three\n" + bare
+        diff = DIFF[: DIFF.index(b"@@")] + hunk
+        assert patched(b"one\ntwo", diff) == b"one\nthree"
+        with pytest.raises(PatchError, match="no place"):
+            patched(b"one\ntwo\n", diff)
 
 
 class TestParse:
