@@ -1,0 +1,101 @@
+"""MtpDraft: the object that an app passes to ``llama_cpp.Llama``."""
+
+from __future__ import annotations
+
+import os as _os
+import pathlib as _pathlib
+import sys as _sys
+import typing as _t
+
+import numpy as _np
+import numpy.typing as _npt
+from llama_cpp.llama_speculative import LlamaDraftModel as _LlamaDraftModel
+
+from .stats import MtpStats as _MtpStats
+
+if _t.TYPE_CHECKING:
+    from .speculative import CommonSpeculative as _CommonSpeculative
+
+# The greatest depth there is (ds4 has the same bound); one block trained for one step pays for far fewer.
+MAX_PRED_TOKENS = 16
+
+
+class MtpDraft(_LlamaDraftModel):  # type: ignore[misc, unused-ignore]
+    """Speculative decoding of a DeepSeek-V4 model with its MTP (NextN) head.
+
+    Pass it as ``draft_model`` to ``llama_cpp.Llama`` and use that as before: its text is what it would be without,
+    because every token is sampled by the host's own sampler from the target's own logits; the head only proposes what
+    is worth evaluating ahead. One MtpDraft serves one Llama at a time.
+
+    Example:
+        >>> from ds4_mtp_plugin import MtpDraft  # before llama_cpp
+        >>> from llama_cpp import Llama
+        >>> llm = Llama("DeepSeek-V4-Flash.gguf", n_ctx=32768, draft_model=MtpDraft("DeepSeek-V4-Flash-MTP.gguf"))
+        >>> print(llm("Once upon a time")["choices"][0]["text"])
+        >>> print(llm.draft_model.stats)
+    """
+
+    def __init__(
+        self,
+        model_path: str | _os.PathLike[str],
+        *,
+        num_pred_tokens: int = 2,
+        n_gpu_layers: int | None = None,
+        n_threads: int | None = None,
+        n_threads_batch: int | None = None,
+        report: bool = False,
+    ) -> None:
+        """
+        Args:
+            model_path: an MTP GGUF of the target model (``nextn_predict_layers`` 1, no trunk).
+            num_pred_tokens: the number of tokens drafted a cycle; 0 drafts none. Lowered where the target's
+                micro-batch or the context has no room for as many, and to 16.
+            n_gpu_layers: layers of the head on the GPU, -1 all; None as the target's.
+            n_threads: threads for single-row decodes of the head; None as the target's.
+            n_threads_batch: threads for decodes of more rows; None as the target's.
+            report: print one line of statistics to stderr when the Llama is closed.
+
+        Raises:
+            FileNotFoundError: there is no file `model_path`.
+            ValueError: an option is out of range. (The file's content is checked when a Llama takes the draft.)
+        """
+        path = _pathlib.Path(model_path)
+        if not path.is_file():
+            found = "it is a directory" if path.is_dir() else "no such file"
+            raise FileNotFoundError(f"MtpDraft: {path}: {found}; expected an MTP GGUF file")
+        if num_pred_tokens < 0:
+            raise ValueError(f"MtpDraft: num_pred_tokens is {num_pred_tokens}, expected 0 or more")
+        self.model_path = str(path)
+        self.num_pred_tokens = num_pred_tokens
+        self.n_gpu_layers = n_gpu_layers
+        self.n_threads = n_threads
+        self.n_threads_batch = n_threads_batch
+        self.report = report
+        self._spec: _CommonSpeculative | None = None
+        self._last_stats = _MtpStats()
+
+    @property
+    def stats(self) -> _MtpStats:
+        """What speculation did since a Llama took this draft; after that Llama is closed, what it did until then."""
+        return self._last_stats if self._spec is None else self._spec.stats()
+
+    def _attach(self, spec: _CommonSpeculative) -> None:
+        self._spec = spec
+
+    def _detach(self) -> None:
+        """The Llama is being closed: free the head, keep the last figures."""
+        spec, self._spec = self._spec, None
+        if spec is None:
+            return
+        self._last_stats = spec.stats()
+        spec.close()
+        if self.report:
+            print(f"ds4_mtp_plugin: {self._last_stats}", file=_sys.stderr)
+
+    def __call__(self, input_ids: _npt.NDArray[_np.intc], /, **kwargs: _t.Any) -> _npt.NDArray[_np.intc]:
+        """The host's stock protocol, which has no hidden rows to draft from: never any tokens."""
+        return _np.array([], dtype=_np.intc)
+
+    def __getstate__(self) -> dict[str, _t.Any]:
+        # Options only: a pickled Llama builds its contexts, and this draft's, anew.
+        return {**self.__dict__, "_spec": None, "_last_stats": _MtpStats()}

@@ -1,0 +1,20 @@
+"""The engine room: the patched llama.cpp through cffi. Knows nothing of the host runtime or of speculation."""
+
+from .context import HIDDEN_ALL, HIDDEN_OFF, HIDDEN_OUTPUTS, Batch, Best, Context, DecodeError, Floats, Model
+from .library import ABI, LIBRARY_DIR, Library, ffi
+
+__all__ = [
+    "ABI",
+    "HIDDEN_ALL",
+    "HIDDEN_OFF",
+    "HIDDEN_OUTPUTS",
+    "LIBRARY_DIR",
+    "Batch",
+    "Best",
+    "Context",
+    "DecodeError",
+    "Floats",
+    "Library",
+    "Model",
+    "ffi",
+]

@@ -1,0 +1,250 @@
+"""Models, contexts and batches of the engine, as far as speculation needs them."""
+
+from __future__ import annotations
+
+import dataclasses as _dataclasses
+import os as _os
+import typing as _t
+
+import numpy as _np
+import numpy.typing as _npt
+
+from .library import Library as _Library
+from .library import ffi as _ffi
+
+# enum ds4_mtp_hidden
+HIDDEN_OFF, HIDDEN_OUTPUTS, HIDDEN_ALL = 0, 1, 2
+
+_CONTEXT_TYPE_MTP = 1
+
+Floats = _npt.NDArray[_np.float32]
+
+
+class DecodeError(RuntimeError):
+    """A decode that the engine did not carry out; `code` is the value that it returned (llama.h, llama_decode)."""
+
+    def __init__(self, what: str, code: int) -> None:
+        super().__init__(f"{what}: the engine's decode returned {code}")
+        self.code = code
+
+
+@_dataclasses.dataclass(frozen=True)
+class Best:
+    """The best token of a row of logits: its id, softmax probability, and lead over the second best logit."""
+
+    id: int
+    prob: float
+    margin: float
+
+
+class Model:
+    """A model file loaded by us (the host's models stay the host's)."""
+
+    def __init__(
+        self, library: _Library, path: str, *, like: bytes | None = None, load_mtp: bool = False, **params: _t.Any
+    ) -> None:
+        """Load `path`.
+
+        Args:
+            like: bytes of a ``llama_model_params`` whose placement (GPU layers, devices, split, loading mode) is
+                taken over; None means the engine's defaults. Its pointers must stay valid during the call.
+            load_mtp: load the NextN blocks too.
+            params: further fields of ``llama_model_params`` by name.
+
+        Raises:
+            ValueError: the engine could not load the file.
+        """
+        p = library.lib.llama_model_default_params()
+        if like is not None:
+            given = _ffi.new("struct llama_model_params *")
+            _ffi.memmove(given, like, _ffi.sizeof("struct llama_model_params"))
+            for name in ("devices", "n_gpu_layers", "split_mode", "main_gpu", "tensor_split", "load_mode"):
+                setattr(p, name, getattr(given, name))
+        p.load_mtp = load_mtp
+        for name, value in params.items():
+            setattr(p, name, value)
+        self._library = library
+        self.path = path
+        self._ptr: _t.Any = library.lib.llama_model_load_from_file(_os.fsencode(path), p)
+        if self._ptr == _ffi.NULL:
+            raise ValueError(f"the engine could not load the model {path} (its log on stderr says why)")
+
+    def close(self) -> None:
+        """Free the model; its contexts must be closed before. Safe to call again."""
+        if self._ptr is not None:
+            self._library.lib.llama_model_free(self._ptr)
+            self._ptr = None
+
+    def new_context(self, *, like: bytes | None = None, mtp: bool = False, **params: _t.Any) -> Context:
+        """A new context of this model.
+
+        Args:
+            like: bytes of a ``llama_context_params`` to start from; None means the engine's defaults.
+            mtp: run the NextN block instead of the trunk.
+            params: fields of ``llama_context_params`` by name.
+
+        Raises:
+            ValueError: the engine could not create it.
+        """
+        lib = self._library.lib
+        p = lib.llama_context_default_params()
+        if like is not None:
+            cell = _ffi.new("struct llama_context_params *")
+            _ffi.memmove(cell, like, _ffi.sizeof("struct llama_context_params"))
+            p = cell[0]
+        if mtp:
+            p.ctx_type = _CONTEXT_TYPE_MTP
+        for name, value in params.items():
+            setattr(p, name, value)
+        ptr = lib.llama_init_from_model(self._ptr, p)
+        if ptr == _ffi.NULL:
+            raise ValueError(f"the engine could not create a context for {self.path} (its log on stderr says why)")
+        return Context(self._library, ptr, owned=True)
+
+
+class Context:
+    """A context, ours or (``owned=False``) the host's, which must outlive this object.
+
+    Attributes:
+        n_embd_out: floats in a hidden row (hyper-connection streams times width).
+        window: width of the sliding attention window of the model's NextN blocks, 0 where it has none.
+    """
+
+    def __init__(self, library: _Library, ptr: _t.Any, *, owned: bool) -> None:
+        self._lib = library.lib
+        self._ptr = _ffi.cast("struct llama_context *", ptr)
+        self._owned = owned
+        self._memory = self._lib.llama_get_memory(self._ptr)
+        model = self._lib.llama_get_model(self._ptr)
+        self._model = model
+        self.n_ctx = int(self._lib.llama_n_ctx(self._ptr))
+        self.n_batch = int(self._lib.llama_n_batch(self._ptr))
+        self.n_ubatch = int(self._lib.llama_n_ubatch(self._ptr))
+        self.n_seq_max = int(self._lib.llama_n_seq_max(self._ptr))
+        self.n_rs_seq = int(self._lib.llama_n_rs_seq(self._ptr))
+        self.n_vocab = int(self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(model)))
+        self.n_embd = int(self._lib.llama_model_n_embd(model))
+        self.n_embd_out = int(self._lib.llama_model_n_embd_out(model))
+        self.n_layer_nextn = int(self._lib.llama_model_n_layer_nextn(model))
+        self.window = int(self._lib.ds4_mtp_window(model))
+        self._best = _ffi.new("struct ds4_mtp_best *")
+
+    def close(self) -> None:
+        """Free the context if it is ours. Safe to call again."""
+        if self._owned and self._ptr is not None:
+            self._lib.llama_free(self._ptr)
+        self._ptr = None
+
+    def metadata(self, key: str) -> str | None:
+        """The model's metadata value of `key` as text, None where it has none."""
+        buf = _ffi.new("char[]", 1024)
+        n = self._lib.llama_model_meta_val_str(self._model, key.encode(), buf, 1024)
+        return None if n < 0 else _ffi.string(buf).decode(errors="replace")
+
+    # -- decoding --
+
+    def decode(self, batch: Batch) -> None:
+        """Decode `batch`; output and hidden rows of the decode before are gone.
+
+        Raises:
+            DecodeError: the engine refused or failed; the memory of the batch's sequence is then to be checked.
+        """
+        code = int(self._lib.ds4_mtp_decode(self._ptr, batch.struct[0]))
+        if code != 0:
+            raise DecodeError(f"decoding {batch.struct.n_tokens} tokens", code)
+
+    def set_hidden(self, mode: int) -> None:
+        """From the next decode on keep hidden rows of no (HIDDEN_OFF), the output, or all rows (HIDDEN_ALL)."""
+        self._lib.ds4_mtp_set_hidden(self._ptr, mode)
+
+    def hidden(self, i: int, out: Floats) -> None:
+        """Copy the hidden row of batch row `i` of the last decode into `out`, shape (n_embd_out,), contiguous.
+
+        Negative `i` counts from the last output row.
+
+        Raises:
+            IndexError: the last decode kept no such row.
+        """
+        if not self._lib.ds4_mtp_get_hidden(self._ptr, i, _ffi.from_buffer("float[]", out)):
+            raise IndexError(f"the last decode kept no hidden row {i}")
+
+    def best(self, i: int = -1) -> Best:
+        """The best token of batch row `i` of the last decode, computed natively over the whole vocabulary.
+
+        Raises:
+            IndexError: the last decode has no logits for the row.
+        """
+        if not self._lib.ds4_mtp_get_best(self._ptr, i, self._best):
+            raise IndexError(f"the last decode has no finite logits for row {i}")
+        return Best(int(self._best.id), float(self._best.prob), float(self._best.margin))
+
+    def logits(self, i: int = -1) -> Floats:
+        """Logits of batch row `i` of the last decode, shape (n_vocab,): a view that the next decode overwrites.
+
+        Raises:
+            IndexError: the last decode has no logits for the row.
+        """
+        row = self._lib.llama_get_logits_ith(self._ptr, i)
+        if row == _ffi.NULL:
+            raise IndexError(f"the last decode has no logits for row {i}")
+        view: Floats = _np.frombuffer(_ffi.buffer(row, 4 * self.n_vocab), dtype=_np.float32)
+        return view
+
+    # -- memory --
+
+    def seq_rm(self, seq_id: int, p0: int, p1: int = -1) -> bool:
+        """Remove positions p0 <= p < p1 (negative: no bound) of a sequence; False where the memory cannot."""
+        return bool(self._lib.llama_memory_seq_rm(self._memory, seq_id, p0, p1))
+
+    def seq_pos_max(self, seq_id: int) -> int:
+        """The last position of a sequence in memory, -1 where it has none."""
+        return int(self._lib.llama_memory_seq_pos_max(self._memory, seq_id))
+
+
+class Batch:
+    """A reusable batch of up to `n_max` rows of one sequence (llama.h, llama_batch).
+
+    The arrays are numpy's; the struct points into them, so both live exactly as long as this object. `n_embd_out` > 0
+    adds hidden rows, which an MTP context takes together with the tokens.
+    """
+
+    def __init__(self, n_max: int, *, n_embd_out: int = 0) -> None:
+        self.n_max = n_max
+        self._token = _np.zeros(n_max, dtype=_np.int32)
+        self._pos = _np.zeros(n_max, dtype=_np.int32)
+        self._n_seq_id = _np.ones(n_max, dtype=_np.int32)
+        self._output = _np.zeros(n_max, dtype=_np.int8)
+        self._seq_id = _np.zeros(1, dtype=_np.int32)
+        self._seq_ids = _ffi.new("llama_seq_id *[]", [_ffi.from_buffer("llama_seq_id[]", self._seq_id)] * n_max)
+        self._embd = _np.zeros((n_max, n_embd_out), dtype=_np.float32) if n_embd_out else None
+        self.struct = _ffi.new("llama_batch *")
+        self.struct.token = _ffi.from_buffer("llama_token[]", self._token)
+        self.struct.pos = _ffi.from_buffer("llama_pos[]", self._pos)
+        self.struct.n_seq_id = _ffi.from_buffer("int32_t[]", self._n_seq_id)
+        self.struct.seq_id = self._seq_ids
+        self.struct.logits = _ffi.from_buffer("int8_t[]", self._output)
+        if self._embd is not None:
+            self.struct.embd = _ffi.from_buffer("float[]", self._embd)
+
+    @property
+    def embd(self) -> Floats:
+        """Hidden rows to fill before a decode, shape (n_max, n_embd_out)."""
+        assert self._embd is not None
+        return self._embd
+
+    def set(self, tokens: _t.Sequence[int], n_past: int, seq_id: int, *, outputs: str = "last") -> Batch:
+        """Rows `tokens` at positions n_past, n_past + 1, ... of `seq_id`; outputs of the "last" or of "all" rows.
+
+        Raises:
+            ValueError: more rows than the batch has.
+        """
+        n = len(tokens)
+        if not 0 < n <= self.n_max:
+            raise ValueError(f"{n} rows in a batch of {self.n_max}")
+        self._token[:n] = tokens
+        self._pos[:n] = _np.arange(n_past, n_past + n)
+        self._seq_id[0] = seq_id
+        self._output[:n] = outputs == "all"
+        self._output[n - 1] = 1
+        self.struct.n_tokens = n
+        return self

@@ -1,0 +1,80 @@
+"""Finding, opening and checking the one ``libllama`` of the process."""
+
+from __future__ import annotations
+
+import importlib.resources as _resources
+import pathlib as _pathlib
+import typing as _t
+
+import cffi as _cffi
+
+# Must equal DS4_MTP_ABI of patches/src/ds4-mtp.h.
+ABI = 1
+
+# Set by the build: the libraries are installed beside this package's modules.
+LIBRARY_DIR = _pathlib.Path(__file__).resolve().parent.parent / "lib"
+
+ffi: _t.Any = _cffi.FFI()
+ffi.cdef(_resources.files(__package__).joinpath("cdef.txt").read_text(encoding="utf-8"))
+
+# enum ds4_mtp_struct: every struct that crosses the interface by value.
+_BY_VALUE = ("struct llama_model_params", "struct llama_context_params", "llama_batch")
+
+
+class Library:
+    """An open ``libllama`` with our patches in it.
+
+    Attributes:
+        path: the name that it was opened by.
+        lib: cffi's library object.
+        patchset: hash over the patches that it was built with.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Open `path` and check that it is ours.
+
+        A library that the process already holds under this name is shared, not loaded again (``dlopen`` counts
+        references by file), so opening what the host runtime opened gives the host's own contexts and models.
+
+        Raises:
+            ImportError: no such library, one without our patches, or one whose interface differs from this
+                binding's; the message says what was found and how to mend it.
+        """
+        self.path = path
+        try:
+            self.lib: _t.Any = ffi.dlopen(path)
+        except OSError as err:
+            raise ImportError(
+                f"cannot open the engine {path}: {err}. Reinstall ds4_mtp_plugin ('pip install .' in its source)."
+            ) from err
+        try:
+            abi = int(self.lib.ds4_mtp_abi())
+        except AttributeError:
+            raise ImportError(
+                f"the llama.cpp library {path} does not carry the patches of ds4_mtp_plugin. One process can hold only "
+                "one llama.cpp: import ds4_mtp_plugin before llama_cpp (so that both use the library installed in "
+                f"{LIBRARY_DIR}), and leave LLAMA_CPP_LIB_PATH unset."
+            ) from None
+        if abi != ABI:
+            raise ImportError(
+                f"{path} has version {abi} of the plugin's C interface, this ds4_mtp_plugin expects {ABI}: the library "
+                "is from another version of the plugin. Reinstall ds4_mtp_plugin."
+            )
+        for which, name in enumerate(_BY_VALUE):
+            theirs, ours = int(self.lib.ds4_mtp_sizeof(which)), int(ffi.sizeof(name))
+            if theirs != ours:
+                raise ImportError(
+                    f"{path}: '{name}' has {theirs} bytes, this ds4_mtp_plugin expects {ours}: the library was built "
+                    "from another llama.cpp. Reinstall ds4_mtp_plugin."
+                )
+        self.patchset: str = ffi.string(self.lib.ds4_mtp_patchset()).decode()
+
+    @property
+    def version(self) -> str:
+        """llama.cpp's own version of this library."""
+        return str(ffi.string(self.lib.llama_version()).decode())
+
+    @property
+    def system_info(self) -> str:
+        """llama.cpp's line on backends and CPU features."""
+        return str(ffi.string(self.lib.llama_print_system_info()).decode())

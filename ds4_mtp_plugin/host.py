@@ -1,0 +1,388 @@
+"""The seam to llama-cpp-python: the only file that knows its internals (of version 0.3.36).
+
+``adopt`` wraps a few methods of ``llama_cpp.Llama``. A Llama that was given no MtpDraft runs the host's code as it is.
+One that was keeps the host's own generation loop too, which evaluates one token, samples one, and so on; what changes
+is its ``eval``. Asked for one token, it evaluates the drafts that may follow in the same decode, and when the loop
+later asks for a token that is already evaluated, there is nothing left to do. So samplers, grammars, logits processors,
+stopping criteria, streaming and stop strings see what they see in a plain run, in the same order, and tokens that
+nobody has asked for yet are never visible in the Llama's own state.
+"""
+
+from __future__ import annotations
+
+import contextlib as _contextlib
+import contextvars as _contextvars
+import functools as _functools
+import inspect as _inspect
+import typing as _t
+import warnings as _warnings
+import weakref as _weakref
+
+import llama_cpp as _llama_cpp
+import llama_cpp._internals as _internals
+import numpy as _np
+
+from . import engine as _engine
+from .draft import MAX_PRED_TOKENS as _MAX_PRED_TOKENS
+from .draft import MtpDraft as _MtpDraft
+from .mtp import MtpDrafter as _MtpDrafter
+from .speculative import CommonSpeculative as _CommonSpeculative
+from .speculative import RollbackRefused as _RollbackRefused
+
+# The host drives one sequence.
+_SEQ = 0
+
+# The draft of the Llama that is being constructed, for the contexts that its constructor creates.
+_draft_in_scope: _contextvars.ContextVar[_MtpDraft | None] = _contextvars.ContextVar("draft", default=None)
+
+
+def library_path() -> str:
+    """The name by which the host opened its llama.cpp library."""
+    return str(_llama_cpp.llama_cpp._lib._name)
+
+
+def adopt(library: _engine.Library) -> None:
+    """Make ``llama_cpp.Llama`` take an MtpDraft. Safe to call again."""
+    llama: _t.Any = _llama_cpp.Llama
+    if hasattr(llama, "_ds4_mtp_adopted"):
+        return
+    llama._ds4_mtp_adopted = True
+
+    context_type: _t.Any = _internals.LlamaContext
+    original_context_init = context_type.__init__
+
+    @_functools.wraps(original_context_init)
+    def context_init(self: _t.Any, *, model: _t.Any, params: _t.Any, verbose: bool = True) -> None:
+        draft = _draft_in_scope.get()
+        if draft is not None:
+            params.n_rs_seq = _depth(draft, params)
+        original_context_init(self, model=model, params=params, verbose=verbose)
+
+    context_type.__init__ = context_init
+
+    original_init = llama.__init__
+    signature = _inspect.signature(original_init)
+
+    @_functools.wraps(original_init)
+    def init(self: _t.Any, *args: _t.Any, **kwargs: _t.Any) -> None:
+        self.__dict__.pop("_ds4_mtp", None)  # __setstate__ and a second __init__ come through here too
+        bound = signature.bind(self, *args, **kwargs)
+        draft = bound.arguments.get("draft_model")
+        if not isinstance(draft, _MtpDraft):
+            original_init(self, *args, **kwargs)
+            return
+        # Without a draft the host leaves logits_all as the app set it.
+        bound.arguments["draft_model"] = None
+        why_off = _why_off(bound.arguments)
+        token = _draft_in_scope.set(None if why_off else draft)
+        try:
+            original_init(*bound.args, **bound.kwargs)
+        finally:
+            _draft_in_scope.reset(token)
+        self.draft_model = draft
+        if why_off:
+            _warnings.warn(f"MtpDraft: no speculation: {why_off}", RuntimeWarning, stacklevel=2)
+            return
+        try:
+            session = _open_session(library, self, draft)
+        except BaseException:
+            self.close()
+            raise
+        if session is not None:
+            self._ds4_mtp = session
+
+    llama.__init__ = init
+
+    def wrap(name: str) -> None:
+        original = getattr(llama, name)
+        in_session = getattr(_Session, name)
+
+        @_functools.wraps(original)
+        def method(self: _t.Any, *args: _t.Any, **kwargs: _t.Any) -> _t.Any:
+            session = self.__dict__.get("_ds4_mtp")
+            if session is None:
+                return original(self, *args, **kwargs)
+            return in_session(session, _functools.partial(original, self), *args, **kwargs)
+
+        setattr(llama, name, method)
+
+    for name in ("eval", "sample", "generate", "reset", "save_state", "load_state"):
+        wrap(name)
+
+
+def _why_off(arguments: _t.Mapping[str, _t.Any]) -> str | None:
+    if arguments.get("vocab_only"):
+        return "the Llama loads the vocabulary only (vocab_only=True)"
+    if arguments.get("embedding"):
+        return "the Llama is for embeddings (embedding=True)"
+    return None
+
+
+def _depth(draft: _MtpDraft, params: _t.Any) -> int:
+    """Drafts a cycle: a verify takes one row more in one micro-batch, or its rows could not be rolled back."""
+    return max(0, min(draft.num_pred_tokens, _MAX_PRED_TOKENS, int(params.n_batch) - 1, int(params.n_ubatch) - 1))
+
+
+def _open_session(library: _engine.Library, llama: _t.Any, draft: _MtpDraft) -> _Session | None:
+    """Load the head and join it with `llama`; None where there is nothing to draft (a depth of 0).
+
+    Raises:
+        ValueError: the files do not fit together, or the draft is in use.
+    """
+    depth = _depth(draft, llama.context_params)
+    if depth == 0:
+        return None
+    if draft._spec is not None:
+        raise ValueError("MtpDraft: this draft is in use by another Llama; give each Llama an MtpDraft of its own")
+    target = _engine.Context(library, llama._ctx.ctx, owned=False)
+    if target.n_rs_seq < depth:
+        raise ValueError(
+            f"MtpDraft: {llama.model_path} is of architecture {target.metadata('general.architecture')!r}, whose "
+            "memory the engine cannot roll back; expected a DeepSeek-V4 model ('deepseek4')"
+        )
+    model = _engine.Model(
+        library,
+        draft.model_path,
+        like=bytes(llama.model_params),
+        load_mtp=True,
+        **({} if draft.n_gpu_layers is None else {"n_gpu_layers": _n_gpu_layers(draft.n_gpu_layers)}),
+    )
+    try:
+        context = _mtp_context(model, target, llama, draft)
+    except BaseException:
+        model.close()
+        raise
+    drafter = _MtpDrafter(context, on_close=model.close)
+    draft._attach(_CommonSpeculative(target, drafter, n_draft=depth))
+    # The host's stack runs backwards: the head goes before the target.
+    llama._stack.callback(draft._detach)
+    return _Session(llama, draft)
+
+
+def _n_gpu_layers(n: int) -> int:
+    return 0x7FFFFFFF if n == -1 else n  # the host's own reading of -1
+
+
+def _mtp_context(model: _engine.Model, target: _engine.Context, llama: _t.Any, draft: _MtpDraft) -> _engine.Context:
+    window = max(target.window, 1)
+    try:
+        context = model.new_context(
+            like=bytes(llama.context_params),
+            mtp=True,
+            # A window of rows a decode, and room for three windows, whatever the target's context length is.
+            n_ctx=3 * window,
+            n_batch=window,
+            n_ubatch=window,
+            n_seq_max=1,
+            n_rs_seq=0,
+            n_outputs_max=1,
+            n_outputs_max_per_seq=1,
+            swa_full=False,
+            embeddings=False,
+            n_threads=draft.n_threads or llama.n_threads,
+            n_threads_batch=draft.n_threads_batch or llama.n_threads_batch,
+        )
+    except ValueError:
+        raise ValueError(
+            f"MtpDraft: {draft.model_path} has no MTP (NextN) block to run; expected the MTP GGUF of "
+            f"{llama.model_path}, as 'convert_hf_to_gguf.py --mtp' writes it"
+        ) from None
+    theirs = (context.metadata("general.architecture"), context.n_vocab, context.n_embd, context.n_embd_out)
+    ours = (target.metadata("general.architecture"), target.n_vocab, target.n_embd, target.n_embd_out)
+    if theirs != ours or context.window != target.window:
+        context.close()
+        raise ValueError(
+            f"MtpDraft: {draft.model_path} does not belong to {llama.model_path}: its architecture, vocabulary, width "
+            f"and hidden row width are {theirs}, expected {ours}"
+        )
+    return context
+
+
+class _Session:
+    """Speculation in one Llama. Its public methods stand for the Llama's own of the same name; each gets the host's
+    bound method as first argument."""
+
+    def __init__(self, llama: _t.Any, draft: _MtpDraft) -> None:
+        assert draft._spec is not None
+        # The Llama holds its session: a strong reference back would keep a dropped Llama's memory until a collection.
+        self._llama: _t.Any = _weakref.proxy(llama)
+        self._draft = draft
+        self._spec: _CommonSpeculative = draft._spec
+        self._active = True
+        self._warned = False
+        # The host's generation loop is running, as opposed to the app, which may evaluate between two tokens.
+        self._in_loop = False
+        # Drafts of the verify whose rows the loop is asking for, None when all rows in memory are the Llama's own.
+        self._drafts: list[int] | None = None
+        # Of the last decode, the output row that is the Llama's last token, and how many there are; None while
+        # that is the last one, as the host assumes.
+        self._row: tuple[int, int] | None = None
+
+    # -- the Llama's methods --
+
+    def generate(
+        self, host_generate: _t.Callable[..., _t.Any], *args: _t.Any, **kwargs: _t.Any
+    ) -> _t.Generator[int, _t.Sequence[int] | None, None]:
+        self.settle()
+        self._active = True
+        tokens = host_generate(*args, **kwargs)
+        sent: _t.Sequence[int] | None = None
+        try:
+            while True:
+                with self._loop():
+                    try:
+                        token = tokens.send(sent)
+                    except StopIteration:
+                        return
+                sent = yield token
+        finally:
+            tokens.close()
+            self.settle()
+
+    def eval(self, host_eval: _t.Callable[..., None], tokens: _t.Sequence[int]) -> None:
+        if self._in_loop and self._active and len(tokens) == 1:
+            token = int(tokens[0])
+            if self._advance(token):
+                return
+            self.settle()
+            if self._speculate(token):
+                return
+            self._spec.counters.plain += 1
+        else:
+            self.settle()
+        self._eval_plain(host_eval, tokens)
+
+    def sample(self, host_sample: _t.Callable[..., int], *args: _t.Any, **kwargs: _t.Any) -> int:
+        n_tokens = self._llama.n_tokens
+        if self._row is not None and kwargs.get("idx") in (None, n_tokens - 1):
+            row, n_rows = self._row
+            kwargs["idx"] = n_tokens + row - n_rows
+        return host_sample(*args, **kwargs)
+
+    def reset(self, host_reset: _t.Callable[[], None]) -> None:
+        self._forget()
+        host_reset()
+
+    def save_state(self, host_save_state: _t.Callable[[], _t.Any]) -> _t.Any:
+        self.settle()
+        return host_save_state()
+
+    def load_state(self, host_load_state: _t.Callable[..., None], state: _t.Any) -> None:
+        # Hidden rows are no part of a state: the draft is cold until a token is evaluated.
+        self._forget()
+        host_load_state(state)
+
+    # -- inside --
+
+    @_contextlib.contextmanager
+    def _loop(self) -> _t.Iterator[None]:
+        # Inside its loop the host would ask a draft_model for tokens and write them behind the last of its own.
+        self._in_loop, self._llama.draft_model = True, None
+        try:
+            yield
+        finally:
+            self._in_loop, self._llama.draft_model = False, self._draft
+
+    def settle(self) -> None:
+        """Take rows that nobody asked for out of the engine's memory: it then holds the Llama's tokens, no more."""
+        if self._drafts is None:
+            return
+        self._drafts = None
+        if self._draft._spec is not self._spec:
+            return  # the Llama was closed under a generation that is only now dropped
+        assert self._row is not None
+        try:
+            self._spec.accept(_SEQ, self._row[0])
+        except _RollbackRefused as err:
+            self._give_up(str(err))
+            self._reevaluate()
+
+    def _forget(self) -> None:
+        self._drafts = self._row = None
+        self._spec.begin(_SEQ)
+
+    def _advance(self, token: int) -> bool:
+        """The loop asks for `token`: is it the draft in the row behind the last one?"""
+        if self._drafts is None:
+            return False
+        assert self._row is not None
+        row, n_rows = self._row
+        if row >= len(self._drafts) or self._drafts[row] != token:
+            return False
+        self._spec.counters.accepted(row)
+        self._commit(token, row + 1, n_rows)
+        return True
+
+    def _speculate(self, token: int) -> bool:
+        """Evaluate `token` together with what may follow it; False where it is to be evaluated alone."""
+        llama = self._llama
+        n_past = llama.n_tokens
+        try:
+            drafts = self._spec.draft(_SEQ, n_past, token, len(llama.input_ids) - 1 - n_past)
+        except Exception as err:
+            self._give_up(f"drafting failed: {err}")
+            return False
+        if not drafts:
+            return False
+        try:
+            self._spec.verify(_SEQ, n_past, token, drafts)
+        except Exception as err:
+            # A decode that failed may have used up a pending rollback: nothing in memory can be relied on.
+            self._give_up(f"verifying failed: {err}")
+            self._reevaluate()
+            return False
+        self._drafts = drafts
+        self._commit(token, 0, len(drafts) + 1)
+        return True
+
+    def _commit(self, token: int, row: int, n_rows: int) -> None:
+        """What the host's eval does after a decode, for one row."""
+        llama = self._llama
+        n_past = llama.n_tokens
+        self._row = (row, n_rows)
+        llama.input_ids[n_past] = token
+        if llama._logits_all:
+            llama.scores[n_past, :] = self._spec.target.logits(row)
+        llama.n_tokens = n_past + 1
+        llama._requires_eval = False
+
+    def _eval_plain(self, host_eval: _t.Callable[..., None], tokens: _t.Sequence[int]) -> None:
+        """The host's eval, chunk by chunk as it would cut them, keeping hidden rows of the last window.
+
+        Hidden rows live until the next decode, so each chunk's are taken before the next chunk.
+        """
+        llama, spec = self._llama, self._spec
+        self._row = None
+        if not self._active:
+            spec.target.set_hidden(_engine.HIDDEN_OFF)
+            return host_eval(tokens)
+        for i in range(0, len(tokens), llama.n_batch):
+            chunk = tokens[i : i + llama.n_batch]
+            n_past = llama.n_tokens
+            n = max(0, len(chunk) - max(0, len(tokens) - spec.drafter.window - i))
+            spec.target.set_hidden(
+                _engine.HIDDEN_OFF if n == 0 else _engine.HIDDEN_OUTPUTS if len(chunk) == 1 else _engine.HIDDEN_ALL
+            )
+            host_eval(chunk)
+            hidden = _np.empty((n, spec.target.n_embd_out), dtype=_np.float32)
+            for j in range(n):
+                spec.target.hidden(len(chunk) - n + j, hidden[j])
+            spec.process(_SEQ, n_past, chunk, hidden)
+
+    def _reevaluate(self) -> None:
+        """The engine's memory is of no use: clear it and evaluate the Llama's tokens again."""
+        llama = self._llama
+        tokens = llama.input_ids[: llama.n_tokens].tolist()
+        self._forget()
+        llama._ctx.kv_cache_clear()
+        llama.n_tokens = 0
+        if tokens:
+            llama.eval(tokens)
+
+    def _give_up(self, why: str) -> None:
+        """Decode plainly for the rest of this generation. The app is told once."""
+        self._active = False
+        self._spec.begin(_SEQ)
+        if not self._warned:
+            self._warned = True
+            _warnings.warn(f"MtpDraft: decoding plainly: {why}", RuntimeWarning, stacklevel=2)

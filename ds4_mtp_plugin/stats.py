@@ -1,0 +1,93 @@
+"""What speculation did: counters, a frozen snapshot of them, and the one-line report."""
+
+from __future__ import annotations
+
+import dataclasses as _dataclasses
+
+
+@_dataclasses.dataclass(frozen=True)
+class MtpStats:
+    """A snapshot of speculation's counters since the draft was attached.
+
+    Attributes:
+        iters: verify decodes, each of one sampled token and its drafts.
+        proposed: drafts verified.
+        accepted: drafts that the host's sampler then chose itself.
+        proposed_per_position: drafts verified at depth 1, 2, ...
+        accepted_per_position: drafts accepted at depth 1, 2, ...
+        plain: single tokens decoded in a generation without drafts (no room, no hidden row yet, or a failure).
+        draft_decodes: decodes of the MTP head.
+        draft_ms: time spent in drafting, milliseconds.
+        verify_ms: time spent in verify decodes, milliseconds.
+        depth: the greatest number of drafts a cycle (num_pred_tokens after clamping).
+    """
+
+    iters: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    proposed_per_position: tuple[int, ...] = ()
+    accepted_per_position: tuple[int, ...] = ()
+    plain: int = 0
+    draft_decodes: int = 0
+    draft_ms: float = 0.0
+    verify_ms: float = 0.0
+    depth: int = 0
+
+    @property
+    def rate(self) -> float:
+        """accepted / proposed, 0 where nothing was proposed."""
+        return self.accepted / self.proposed if self.proposed else 0.0
+
+    @property
+    def per_iter(self) -> float:
+        """Accepted drafts per verify decode, 0 where there was none; each verify emits one token more than this."""
+        return self.accepted / self.iters if self.iters else 0.0
+
+    @property
+    def rate_per_position(self) -> tuple[float, ...]:
+        """Share of the drafts at depth 1, 2, ... that were accepted (all before them were accepted too)."""
+        return tuple(a / p if p else 0.0 for a, p in zip(self.accepted_per_position, self.proposed_per_position))
+
+    def __str__(self) -> str:
+        # The fields and their order are those of ds4's report (TrevorS/ds4, pull request 4).
+        return (
+            f"mtp accept: iters={self.iters} proposed={self.proposed} accepted={self.accepted} "
+            f"rate={100 * self.rate:.1f}% per_iter={self.per_iter:.2f}"
+        )
+
+
+class Counters:
+    """The mutable side of MtpStats."""
+
+    def __init__(self, depth: int = 0) -> None:
+        self.depth = depth
+        self.iters = 0
+        self.plain = 0
+        self.draft_s = 0.0
+        self.verify_s = 0.0
+        self._proposed = [0] * depth
+        self._accepted = [0] * depth
+
+    def verified(self, n_drafts: int) -> None:
+        """A verify decode of `n_drafts` drafts was made."""
+        self.iters += 1
+        for i in range(n_drafts):
+            self._proposed[i] += 1
+
+    def accepted(self, position: int) -> None:
+        """The draft at depth `position` (from 0) was accepted."""
+        self._accepted[position] += 1
+
+    def snapshot(self, *, draft_decodes: int) -> MtpStats:
+        return MtpStats(
+            iters=self.iters,
+            proposed=sum(self._proposed),
+            accepted=sum(self._accepted),
+            proposed_per_position=tuple(self._proposed),
+            accepted_per_position=tuple(self._accepted),
+            plain=self.plain,
+            draft_decodes=draft_decodes,
+            draft_ms=1000 * self.draft_s,
+            verify_ms=1000 * self.verify_s,
+            depth=self.depth,
+        )

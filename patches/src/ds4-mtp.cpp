@@ -1,0 +1,107 @@
+#include "ds4-mtp.h"
+#include "ds4-mtp-version.h"
+
+#include "llama-ext.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <cmath>
+#include <cstring>
+#include <exception>
+
+extern "C" {
+
+int32_t ds4_mtp_abi(void) {
+    return DS4_MTP_ABI;
+}
+
+const char * ds4_mtp_patchset(void) {
+    return DS4_MTP_PATCHSET;
+}
+
+size_t ds4_mtp_sizeof(int32_t which) {
+    switch (which) {
+        case DS4_MTP_STRUCT_MODEL_PARAMS:   return sizeof(llama_model_params);
+        case DS4_MTP_STRUCT_CONTEXT_PARAMS: return sizeof(llama_context_params);
+        case DS4_MTP_STRUCT_BATCH:          return sizeof(llama_batch);
+        default:                            return 0;
+    }
+}
+
+int32_t ds4_mtp_decode(llama_context * ctx, llama_batch batch) {
+    try {
+        return llama_decode(ctx, batch);
+    } catch (const std::exception & err) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
+        return DS4_MTP_DECODE_THREW;
+    } catch (...) {
+        return DS4_MTP_DECODE_THREW;
+    }
+}
+
+bool ds4_mtp_set_hidden(llama_context * ctx, int32_t mode) {
+    switch (mode) {
+        case DS4_MTP_HIDDEN_OFF:     llama_set_embeddings_nextn(ctx, false, true);  return true;
+        case DS4_MTP_HIDDEN_OUTPUTS: llama_set_embeddings_nextn(ctx, true,  true);  return true;
+        case DS4_MTP_HIDDEN_ALL:     llama_set_embeddings_nextn(ctx, true,  false); return true;
+        default:                     return false;
+    }
+}
+
+bool ds4_mtp_get_hidden(llama_context * ctx, int32_t i, float * dst) {
+    const float * row = llama_get_embeddings_nextn_ith(ctx, i);
+    if (row == nullptr) {
+        return false;
+    }
+    memcpy(dst, row, sizeof(float)*llama_model_n_embd_out(llama_get_model(ctx)));
+    return true;
+}
+
+bool ds4_mtp_set_head_offset(llama_context * ctx, int32_t offset) {
+    if (offset < 0 || offset >= llama_model_n_layer_nextn(llama_get_model(ctx))) {
+        return false;
+    }
+    llama_set_nextn_layer_offset(ctx, offset);
+    return true;
+}
+
+int32_t ds4_mtp_window(const llama_model * model) {
+    return model->hparams.swa_type == LLAMA_SWA_TYPE_NONE ? 0 : (int32_t) model->hparams.n_swa;
+}
+
+bool ds4_mtp_get_best(llama_context * ctx, int32_t i, ds4_mtp_best * out) {
+    const float * logits = llama_get_logits_ith(ctx, i);
+    if (logits == nullptr) {
+        return false;
+    }
+    const int32_t n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)));
+
+    int32_t best   = -1;
+    float   first  = -INFINITY;
+    float   second = -INFINITY;
+    for (int32_t id = 0; id < n_vocab; ++id) {
+        const float l = logits[id];
+        if (l > first) { // never true of a NaN
+            second = first;
+            first  = l;
+            best   = id;
+        } else if (l > second) {
+            second = l;
+        }
+    }
+    if (best < 0) {
+        return false;
+    }
+
+    float sum = 0.0f;
+    for (int32_t id = 0; id < n_vocab; ++id) {
+        sum += expf(logits[id] - first);
+    }
+
+    out->id     = best;
+    out->prob   = 1.0f/sum;
+    out->margin = first - second;
+    return true;
+}
+
+} // extern "C"
