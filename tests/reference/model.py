@@ -158,6 +158,12 @@ def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
 
 
 @fused
+def mean_square(x: Tensor) -> Tensor:
+    """Mean of squares over the last axis."""
+    return x.float().square().mean(-1)
+
+
+@fused
 def hc_mixes(mixes: Tensor, mean_sq: Tensor, scale: Tensor, base: Tensor, iters: int, eps: float,
              rms_eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(pre [S, N], post [S, N], comb [S, S, N]) from ``fn @ concat(x)`` [(2 + S) S, N] and mean(x^2) [N]."""
@@ -190,6 +196,12 @@ def swiglu(gate: Tensor, up: Tensor, clamp: float) -> Tensor:
     if clamp > 1e-6:
         g, u = g.clamp(max=clamp), u.clamp(-clamp, clamp)
     return (F.silu(g) * u).to(gate.dtype)
+
+
+@fused
+def combine(out: Tensor, weight: Tensor, shared: Tensor) -> Tensor:
+    """sum_k weight[k] out[k] + shared: out [N, k, D], weight [N, k], shared [N, D]."""
+    return ((out.float() * weight[:, :, None]).sum(1) + shared.float()).to(out.dtype)
 
 
 @fused
@@ -659,9 +671,8 @@ class Ds4(nn.Module):
         mid = swiglu(_Grouped.apply(rows, block.ffn_gate_exps.weight, sizes),
                      _Grouped.apply(rows, block.ffn_up_exps.weight, sizes), cfg.swiglu_clamp)
         out = _Permute.apply(_Grouped.apply(mid, block.ffn_down_exps.weight, sizes), inverse, order)
-        routed = torch.bmm(weight.to(out.dtype)[:, None], out.view(-1, k, cfg.n_embd))[:, 0]
         shared = block.ffn_down_shexp(swiglu(block.ffn_gate_shexp(x), block.ffn_up_shexp(x), cfg.swiglu_clamp))
-        return cast(Tensor, routed + shared)
+        return cast(Tensor, combine(out.view(-1, k, cfg.n_embd), weight, shared))
 
     def _mix(self, block: Block, part: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What a layer reads (normed, [N, D]), and post and comb for what it writes: x [N, S, D]."""
@@ -670,7 +681,7 @@ class Ds4(nn.Module):
         flat = x.flatten(1)
         with torch.autocast("cpu", enabled=False):
             mixes = fn @ flat.t()
-            mean_sq = flat.square().mean(-1)
+            mean_sq = mean_square(flat)
             pre, post, comb = hc_mixes(mixes, mean_sq, scale, base, cfg.hc_sinkhorn_iters, cfg.hc_eps, cfg.rms_eps)
         return hc_pre(x, pre, weight, cfg.rms_eps, _low()), post, comb
 
@@ -691,7 +702,7 @@ class Ds4(nn.Module):
         weight = cast(Block, self.blk[self.n_layer]).nextn.shared_head_norm if mtp else self.output_norm
         flat = hidden.flatten(0, 1)
         with torch.autocast("cpu", enabled=False):
-            mixes = (fn @ flat.t()) * torch.rsqrt(flat.square().mean(-1) + cfg.rms_eps)
+            mixes = (fn @ flat.t()) * torch.rsqrt(mean_square(flat) + cfg.rms_eps)
             pre = torch.sigmoid(mixes * scale + base[:, None]) + cfg.hc_eps
         out = hc_pre(flat.view(-1, cfg.hc_mult, cfg.n_embd), pre, weight.weight, cfg.rms_eps, _low())
         return cast(Tensor, out.view(hidden.shape[0], hidden.shape[1], -1))
