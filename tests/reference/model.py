@@ -102,6 +102,11 @@ def set_compiled(on: bool) -> None:
     """Fuse the element-wise parts with ``torch.compile`` (wants a C++ compiler); the mathematics are the same."""
     global _compile
     _compile = on
+    if on:  # one graph per shape: more shapes than the default allows, past which it would quietly not compile
+        import torch._dynamo
+
+        torch._dynamo.config.recompile_limit = 256
+        torch._dynamo.config.accumulated_recompile_limit = 4096
 
 
 def _low() -> torch.dtype:
