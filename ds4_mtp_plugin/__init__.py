@@ -6,8 +6,9 @@ Import this before ``llama_cpp``: the host then loads the llama.cpp library that
 __version__ = "0.1.0"
 __all__ = ["MtpDraft", "MtpStats", "__version__"]
 
-from . import _ready as _ready_host  # makes the engine ready and adopts the host; must come first
-from .draft import MtpDraft
-from .stats import MtpStats
+from . import _ready as _ready
 
-_ready_host.ready()
+_ready.ready()  # before anything imports the host
+
+from .draft import MtpDraft  # noqa: E402
+from .stats import MtpStats  # noqa: E402

@@ -13,7 +13,8 @@ from .engine import Library as _Library
 # Must be host.py's own HOST_VERSION, which cannot be imported before the host is.
 _HOST_VERSION = "0.3.36"
 
-_INSTALL_HOST = f"pip install llama-cpp-python=={_HOST_VERSION} -C wheel.cmake=false"
+# Without its own engine, and without leaving such a wheel in pip's cache for projects that want one with it.
+_INSTALL_HOST = f"pip install --no-cache-dir llama-cpp-python=={_HOST_VERSION} -C wheel.cmake=false"
 
 
 def ready() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata as _metadata
 import importlib.resources as _resources
 import pathlib as _pathlib
 import typing as _t
@@ -11,8 +12,17 @@ import cffi as _cffi
 # Must equal DS4_MTP_ABI of patches/src/ds4-mtp.h.
 ABI = 1
 
-# Set by the build: the libraries are installed beside this package's modules.
-LIBRARY_DIR = _pathlib.Path(__file__).resolve().parent.parent / "lib"
+
+def _library_dir() -> _pathlib.Path:
+    """Where the build installed the libraries: in an editable install that is not beside these modules."""
+    try:
+        distribution = _metadata.distribution("ds4-mtp-plugin")
+    except _metadata.PackageNotFoundError:
+        return _pathlib.Path(__file__).resolve().parent.parent / "lib"
+    return _pathlib.Path(str(distribution.locate_file("ds4_mtp_plugin/lib")))
+
+
+LIBRARY_DIR = _library_dir()
 
 ffi: _t.Any = _cffi.FFI()
 ffi.cdef(_resources.files(__package__).joinpath("cdef.txt").read_text(encoding="utf-8"))

@@ -1,0 +1,114 @@
+"""The C interface that the patches add, through the binding, against what can be computed from the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+import ds4_mtp_plugin.host as host
+from ds4_mtp_plugin import engine
+from tests.fixtures.planted import BY_CONTEXT, Planted
+
+
+@pytest.fixture(scope="module")
+def library() -> engine.Library:
+    return engine.Library(host.library_path())
+
+
+@pytest.fixture
+def trunk(library: engine.Library, plant: Callable[..., Planted]) -> Iterator[engine.Context]:
+    model = engine.Model(library, str(plant(**BY_CONTEXT).trunk))
+    context = model.new_context(n_ctx=512, n_batch=64, n_ubatch=64, n_threads=1, n_threads_batch=1)
+    yield context
+    context.close()
+    model.close()
+
+
+def test_structs_have_the_librarys_size(library: engine.Library) -> None:
+    names = ("struct llama_model_params", "struct llama_context_params", "llama_batch")
+    sizes = [library.lib.ds4_mtp_sizeof(i) for i in range(4)]
+    assert sizes == [engine.ffi.sizeof(name) for name in names] + [0]
+
+
+def test_opening_the_hosts_library_shares_it(library: engine.Library) -> None:
+    import llama_cpp
+
+    theirs = engine.ffi.cast("uintptr_t", int(ctypes_address(llama_cpp.llama_cpp._lib.ds4_mtp_abi)))
+    assert engine.ffi.cast("uintptr_t", engine.ffi.addressof(library.lib, "ds4_mtp_abi")) == theirs
+
+
+def ctypes_address(function: object) -> int:
+    import ctypes
+
+    return ctypes.cast(function, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
+
+
+def test_best_is_the_rows_argmax_probability_and_margin(trunk: engine.Context) -> None:
+    trunk.decode(engine.Batch(8).set([300, 301, 302, 303, 304], 0, 0, outputs="all"))
+    for i in range(5):
+        logits = trunk.logits(i).astype(np.float64)
+        first, second = np.sort(logits)[[-1, -2]]
+        best = trunk.best(i)
+        assert best.id == int(logits.argmax())
+        assert best.margin == pytest.approx(first - second, rel=1e-5)
+        assert best.prob == pytest.approx(1 / np.exp(logits - first).sum(), rel=1e-4)
+    assert trunk.best(-1) == trunk.best(4)
+
+
+def test_rows_that_are_no_outputs_have_none(trunk: engine.Context) -> None:
+    trunk.set_hidden(engine.HIDDEN_OUTPUTS)
+    trunk.decode(engine.Batch(8).set([300, 301, 302], 0, 0, outputs="last"))
+    row = np.empty(trunk.n_embd_out, np.float32)
+    for i in (0, 1, 3, 100_000, -2):
+        with pytest.raises(IndexError):
+            trunk.best(i)
+        with pytest.raises(IndexError):
+            trunk.logits(i)
+        with pytest.raises(IndexError):
+            trunk.hidden(i, row)
+    trunk.set_hidden(engine.HIDDEN_OFF)
+    trunk.decode(engine.Batch(8).set([303], 3, 0))
+    with pytest.raises(IndexError):
+        trunk.hidden(-1, row)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_hidden_rows_are_the_same_in_every_mode(trunk: engine.Context, n: int) -> None:
+    tokens, rows = [300, 301, 302][:n], {}
+    for mode in (engine.HIDDEN_OUTPUTS, engine.HIDDEN_ALL):
+        trunk.seq_rm(0, -1)
+        trunk.set_hidden(mode)
+        trunk.decode(engine.Batch(8).set(tokens, 0, 0, outputs="all"))
+        rows[mode] = np.empty((n, trunk.n_embd_out), np.float32)
+        for i in range(n):
+            trunk.hidden(i, rows[mode][i])
+        # The planted trunk marks its rows with ones; were these logits, they would not be.
+        np.testing.assert_allclose(rows[mode].reshape(n, 4, -1)[:, :, :2].mean(1), 1, atol=0.1)
+    np.testing.assert_array_equal(rows[engine.HIDDEN_OUTPUTS], rows[engine.HIDDEN_ALL])
+
+
+def test_a_head_that_is_not_there_is_refused(trunk: engine.Context, library: engine.Library) -> None:
+    assert not library.lib.ds4_mtp_set_head_offset(trunk._ptr, 0)
+    assert not library.lib.ds4_mtp_set_head_offset(trunk._ptr, -1)
+
+
+def test_the_window_is_the_models(trunk: engine.Context) -> None:
+    assert trunk.window == 128
+
+
+def test_a_refused_decode_raises_with_the_engines_code(trunk: engine.Context) -> None:
+    with pytest.raises(engine.DecodeError) as caught:
+        trunk.decode(engine.Batch(8).set([300, 10**6], 0, 0))  # no such token
+    assert caught.value.code == -1
+    with pytest.raises(ValueError, match="9 rows in a batch of 8"):
+        engine.Batch(8).set([300] * 9, 0, 0)
+
+
+def test_a_file_that_is_no_model_is_a_valueerror(library: engine.Library, tmp_path: object) -> None:
+    path = f"{tmp_path}/no.gguf"
+    with open(path, "wb") as file:
+        file.write(b"GGUF and nothing else")
+    with pytest.raises(ValueError, match="no.gguf"):
+        engine.Model(library, path)

@@ -1,0 +1,154 @@
+"""MtpDraft as an app meets it: options, files that do not fit, lifetime, failures."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from llama_cpp import Llama
+
+from ds4_mtp_plugin import MtpDraft, engine
+from tests.fixtures.planted import SMALL, TINY, Planted
+from tests.text import generate
+
+Make = Callable[..., Llama]
+Plant = Callable[..., Planted]
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no-such.gguf: no such file"):
+        MtpDraft(tmp_path / "no-such.gguf")
+    with pytest.raises(FileNotFoundError, match="it is a directory"):
+        MtpDraft(tmp_path)
+
+
+def test_options_are_checked(plant: Plant) -> None:
+    with pytest.raises(ValueError, match="num_pred_tokens is -1"):
+        MtpDraft(plant().mtp, num_pred_tokens=-1)
+
+
+def test_a_trunk_is_not_a_head(llama: Make, plant: Plant) -> None:
+    files = plant()
+    with pytest.raises(ValueError, match="has no MTP .NextN. block"):
+        llama(files.trunk, draft_model=MtpDraft(files.trunk))
+
+
+def test_a_head_of_another_model_is_refused(llama: Make, plant: Plant) -> None:
+    with pytest.raises(ValueError, match="does not belong to"):
+        llama(plant(config=TINY).trunk, draft_model=MtpDraft(plant(config=SMALL).mtp))
+
+
+def test_a_draft_serves_one_llama_at_a_time(llama: Make, plant: Plant) -> None:
+    files = plant()
+    draft = MtpDraft(files.mtp)
+    first = llama(files.trunk, draft_model=draft)
+    with pytest.raises(ValueError, match="in use by another Llama"):
+        llama(files.trunk, draft_model=draft)
+    assert len(generate(first, [300], 5)) == 5
+    first.close()
+    assert len(generate(llama(files.trunk, draft_model=draft), [300], 5)) == 5
+
+
+def test_zero_tokens_draft_none(llama: Make, plant: Plant) -> None:
+    files = plant()
+    draft = MtpDraft(files.mtp, num_pred_tokens=0)
+    llm = llama(files.trunk, draft_model=draft)
+    assert generate(llm, [300], 20) == generate(llama(files.trunk), [300], 20)
+    assert draft.stats.iters == 0
+    assert llm.context_params.n_rs_seq == 0
+
+
+@pytest.mark.parametrize("options", [{"embedding": True}, {"vocab_only": True}])
+def test_where_speculation_has_no_place_it_stays_off(llama: Make, plant: Plant, options: dict[str, bool]) -> None:
+    files = plant()
+    if options.get("vocab_only"):
+        pytest.importorskip("llama_cpp")
+    with pytest.warns(RuntimeWarning, match="no speculation"):
+        llm = llama(files.trunk, draft_model=MtpDraft(files.mtp), **options)
+    assert "_ds4_mtp" not in llm.__dict__
+
+
+def test_stats_outlive_the_llama_and_the_report_is_printed(
+    llama: Make, plant: Plant, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = plant()
+    draft = MtpDraft(files.mtp, report=True)
+    llm = llama(files.trunk, draft_model=draft)
+    generate(llm, [300], 30)
+    stats = draft.stats
+    assert stats.iters == 10 and stats.draft_decodes == 20 and stats.verify_ms > 0 and stats.draft_ms > 0
+    llm.close()
+    assert draft.stats == stats
+    assert f"ds4_mtp_plugin: {stats}\n" in capsys.readouterr().err
+
+
+def test_a_dropped_llama_is_freed_at_once(plant: Plant) -> None:
+    files = plant()
+    gc.collect()
+    gc.disable()
+    try:
+        llm = Llama(str(files.trunk), n_ctx=512, verbose=False, draft_model=MtpDraft(files.mtp))
+        generate(llm, [300], 10)
+        gone = weakref.ref(llm)
+        del llm
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_generation_dropped_after_the_close_touches_nothing(llama: Make, plant: Plant) -> None:
+    files = plant()
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))
+    generation = llm.generate([300], temp=0.0)
+    next(generation), next(generation)
+    llm.close()
+    generation.close()
+
+
+def test_a_draft_pickles_as_its_options(plant: Plant) -> None:
+    draft = MtpDraft(plant().mtp, num_pred_tokens=3, report=True)
+    copy = pickle.loads(pickle.dumps(draft))
+    assert (copy.model_path, copy.num_pred_tokens, copy.report) == (draft.model_path, 3, True)
+
+
+@pytest.mark.parametrize("at", range(6))
+@pytest.mark.parametrize("where", ["verify", "draft", "rollback"])
+def test_a_failure_inside_is_told_once_and_changes_no_text(
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, where: str, at: int
+) -> None:
+    files = plant(acceptance=0.6)
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=2))
+    spec = llm._ds4_mtp._spec
+    calls = 0
+
+    def failing(original: Callable[..., object], result: object) -> Callable[..., object]:
+        def call(*args: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == at + 1:
+                if isinstance(result, Exception):
+                    raise result
+                return result
+            return original(*args)
+
+        return call
+
+    error = engine.DecodeError("injected", -3)
+    if where == "rollback":
+        monkeypatch.setattr(spec.target, "seq_rm", failing(spec.target.seq_rm, False))
+    elif where == "verify":
+        monkeypatch.setattr(spec.target, "decode", failing(spec.target.decode, error))
+    else:
+        context = spec.drafter._context
+        monkeypatch.setattr(context, "decode", failing(context.decode, error))
+    with pytest.warns(RuntimeWarning, match="decoding plainly") as caught:
+        assert generate(llm, files.cycle[:3].tolist(), 80) == files.follow(int(files.cycle[2]), 80)
+    assert len(caught) == 1
+    assert calls == at + 1
+    before = spec.stats().iters
+    assert generate(llm, [300], 80) == generate(llama(files.trunk), [300], 80)
+    assert spec.stats().iters > before  # the next generation drafts again

@@ -1,0 +1,223 @@
+"""A Llama with a draft gives the text of one without, whatever is accepted and wherever it is interrupted."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from llama_cpp import Llama, LogitsProcessorList, StoppingCriteriaList
+
+from ds4_mtp_plugin import MtpDraft
+from tests.fixtures.planted import BY_CONTEXT, Planted
+from tests.text import generate
+
+Make = Callable[..., Llama]
+Plant = Callable[..., Planted]
+
+
+@pytest.mark.parametrize("acceptance", [1.0, 0.8, 0.0])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_greedy_text_is_plain_over_2000_tokens(llama: Make, plant: Plant, k: int, acceptance: float) -> None:
+    """From the first token on, across the marks at 128, 256 and 512, where layers and windows change their state."""
+    files = plant(acceptance=acceptance)
+    prompt = files.cycle[:1].tolist()
+    plain = generate(llama(files.trunk, n_ctx=2304), prompt, 2000)
+    draft = MtpDraft(files.mtp, num_pred_tokens=k)
+    assert generate(llama(files.trunk, n_ctx=2304, draft_model=draft), prompt, 2000) == plain
+    assert plain == files.follow(prompt[0], 2000)
+    stats = draft.stats
+    assert stats.depth == k and stats.iters > 0
+    achieved = files.acceptance[0]
+    assert stats.accepted_per_position[0] / stats.proposed_per_position[0] == pytest.approx(achieved, abs=0.05)
+    if achieved in (0.0, 1.0):  # all but what the end of the text cut off
+        assert stats.proposed * achieved - stats.accepted <= k
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{"temp": 0.0}, {"temp": 0.8}, {"temp": 1.0, "repeat_penalty": 1.3}, {"temp": 1.0, "mirostat_mode": 2}],
+    ids=["greedy", "0.8", "penalties", "mirostat"],
+)
+def test_text_that_depends_on_every_row_is_plain(llama: Make, plant: Plant, sampling: dict[str, Any]) -> None:
+    """Here the context decides a good part of the tokens: a row left over or lost changes them within a few dozen."""
+    files = plant(**BY_CONTEXT)
+    prompt = np.random.default_rng(3).integers(260, 500, 200).tolist()
+    plain = generate(llama(files.trunk, seed=7), prompt, 300, **sampling)
+    draft = MtpDraft(files.mtp, num_pred_tokens=3)
+    assert generate(llama(files.trunk, seed=7, draft_model=draft), prompt, 300, **sampling) == plain
+    assert 0 < draft.stats.accepted < draft.stats.proposed
+
+
+def test_processors_and_criteria_see_what_they_see_plainly(llama: Make, plant: Plant) -> None:
+    files = plant(acceptance=0.7)
+    prompt = files.cycle[:5].tolist()
+
+    def seen(llm: Llama) -> list[Any]:
+        calls: list[Any] = []
+
+        def processor(input_ids: Any, scores: Any) -> Any:
+            calls.append(("processor", list(input_ids)))
+            return scores
+
+        def criterion(input_ids: Any, logits: Any) -> bool:
+            calls.append(("criterion", list(input_ids)))
+            return len(input_ids) > 60
+
+        for token in llm.generate(
+            prompt,
+            temp=0.0,
+            logits_processor=LogitsProcessorList([processor]),
+            stopping_criteria=StoppingCriteriaList([criterion]),
+        ):
+            calls.append(("token", token, llm.n_tokens, llm._input_ids.tolist()))
+        return calls
+
+    assert seen(llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))) == seen(llama(files.trunk))
+
+
+def test_logits_all_fills_the_same_scores(llama: Make, plant: Plant) -> None:
+    files = plant(**BY_CONTEXT)
+    prompt = files.cycle[:5].tolist()
+    both = [
+        llama(files.trunk, logits_all=True, **options)
+        for options in ({}, {"draft_model": MtpDraft(files.mtp, num_pred_tokens=3)})
+    ]
+    for llm in both:
+        generate(llm, prompt, 100)
+    plain, drafted = (llm._scores for llm in both)
+    assert plain.shape == drafted.shape
+    np.testing.assert_array_equal(drafted, plain)
+
+
+def test_without_logits_all_no_score_is_kept(llama: Make, plant: Plant) -> None:
+    files = plant()
+    llm = llama(files.trunk, n_batch=64, draft_model=MtpDraft(files.mtp))
+    assert llm._logits_all is False
+    generate(llm, files.cycle[:200].tolist(), 20)
+    assert llm.scores.shape[0] == 64  # the host's own size, n_batch rows, not a row for every position
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 4, 5, 6])
+def test_what_was_not_asked_for_leaves_no_trace(llama: Make, plant: Plant, stop_at: int) -> None:
+    """A consumer stops in the middle of accepted drafts; an extended prompt then goes on as if it had not."""
+    files = plant(**BY_CONTEXT)
+    prompt = np.random.default_rng(4).integers(260, 500, 100).tolist()
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))
+    first = generate(llm, prompt, stop_at)
+    assert llm.n_tokens == 100 + stop_at - 1  # the last token is sampled, not evaluated, as in a plain run
+    assert llm._ds4_mtp._spec.target.seq_pos_max(0) == llm.n_tokens - 1
+    longer = prompt + first + [400, 401]
+    assert generate(llm, longer, 120) == generate(llama(files.trunk), longer, 120)
+
+
+def test_an_abandoned_generation_is_settled_by_the_next_call(llama: Make, plant: Plant) -> None:
+    files = plant(**BY_CONTEXT)
+    prompt = np.random.default_rng(5).integers(260, 500, 100).tolist()
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))
+    abandoned = llm.generate(prompt, temp=0.0)
+    first = [next(abandoned) for _ in range(3)]
+    second = generate(llm, prompt + first, 60)
+    assert second == generate(llama(files.trunk), prompt + first, 60)
+    abandoned.close()
+    assert generate(llm, prompt + first + second, 20) == generate(llama(files.trunk), prompt + first + second, 20)
+
+
+def test_an_app_may_evaluate_and_sample_between_tokens(llama: Make, plant: Plant) -> None:
+    files = plant(**BY_CONTEXT)
+    prompt = np.random.default_rng(6).integers(260, 500, 50).tolist()
+
+    def run(llm: Llama) -> list[int]:
+        tokens = []
+        generation = llm.generate(prompt, temp=0.0)
+        for _ in range(7):
+            tokens.append(next(generation))
+        tokens.append(llm.sample(temp=0.0))  # the row that gave the last token, sampled again
+        llm.eval([tokens[-1], 400])
+        tokens.append(llm.sample(temp=0.0))
+        generation.close()
+        return tokens
+
+    assert run(llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))) == run(llama(files.trunk))
+
+
+def test_a_state_saved_between_tokens_is_the_verified_one(llama: Make, plant: Plant) -> None:
+    files = plant(**BY_CONTEXT)
+    prompt = np.random.default_rng(8).integers(260, 500, 50).tolist()
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))
+    generation = llm.generate(prompt, temp=0.0)
+    tokens = [next(generation) for _ in range(6)]
+    state = llm.save_state()
+    assert state.n_tokens == 55
+    on = [next(generation) for _ in range(60)]  # saving does not disturb it
+    generation.close()
+    generate(llm, [300, 301], 5)
+    llm.load_state(state)
+    assert generate(llm, prompt + tokens, 60) == on
+    assert on == generate(llama(files.trunk), prompt + tokens, 60)
+
+
+def test_the_end_of_the_context_is_the_plain_one(llama: Make, plant: Plant) -> None:
+    files = plant(acceptance=1.0)
+    prompt = files.cycle[:3].tolist()
+
+    def run(llm: Llama) -> tuple[list[int], type[BaseException] | None, str]:
+        tokens = []
+        try:
+            for token in llm.generate(prompt, temp=0.0):
+                tokens.append(token)
+        except Exception as err:
+            return tokens, type(err), str(err)
+        return tokens, None, ""
+
+    options = {"n_ctx": 256}
+    drafted = run(llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3), **options))
+    assert drafted == run(llama(files.trunk, **options))
+    assert len(drafted[0]) > 250
+
+
+@pytest.mark.parametrize(("n_batch", "n_ubatch", "depth"), [(1, 1, 0), (8, 2, 1), (8, 8, 3), (64, 3, 2)])
+def test_a_small_batch_lowers_the_depth(llama: Make, plant: Plant, n_batch: int, n_ubatch: int, depth: int) -> None:
+    files = plant(acceptance=0.8)
+    prompt = files.cycle[:150].tolist()
+    draft = MtpDraft(files.mtp, num_pred_tokens=3)
+    llm = llama(files.trunk, n_batch=n_batch, n_ubatch=n_ubatch, draft_model=draft)
+    assert generate(llm, prompt, 60) == files.follow(prompt[-1], 60)
+    assert draft.stats.depth == depth
+    assert (draft.stats.accepted > 0) == (depth > 0)
+
+
+def test_a_completion_streams_the_same_chunks(llama: Make, plant: Plant) -> None:
+    files = plant(acceptance=0.8, eos_after=90)
+
+    def chunks(llm: Llama) -> list[Any]:
+        stream = llm.create_completion(files.cycle[:4].tolist(), max_tokens=300, temperature=0.0, stream=True)
+        return [(c["choices"][0]["text"], c["choices"][0]["finish_reason"]) for c in stream]
+
+    drafted = chunks(llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3)))
+    assert drafted == chunks(llama(files.trunk))
+    assert drafted[-1][1] == "stop"
+
+
+def test_a_pickled_llama_drafts_again(llama: Make, plant: Plant) -> None:
+    files = plant(acceptance=0.8)
+    prompt = files.cycle[:4].tolist()
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=2))
+    generate(llm, prompt, 30)
+    copy = pickle.loads(pickle.dumps(llm))
+    try:
+        assert copy._logits_all is False
+        assert copy.draft_model.stats.iters == 0
+        assert generate(copy, prompt, 50) == files.follow(prompt[-1], 50)
+        assert copy.draft_model.stats.accepted > 0
+    finally:
+        copy.close()
+
+
+def test_a_llama_without_a_draft_is_the_hosts_own(llama: Make, plant: Plant) -> None:
+    files = plant()
+    llm = llama(files.trunk)
+    assert "_ds4_mtp" not in llm.__dict__
+    assert llm.context_params.n_rs_seq == 0
