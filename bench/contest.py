@@ -1,0 +1,125 @@
+"""Contenders for the same text, timed in turn.
+
+Timings of one run after the other compare the machine's moods. Here every round runs each contender once, in an order
+that turns, and what is reported are ratios within a round: their median and their spread (least and greatest).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llama_cpp import Llama
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+from ds4_mtp_plugin import MtpDraft
+
+
+@dataclasses.dataclass
+class Contender:
+    """A way to generate; `error` is set where it did not survive, and it takes no further part."""
+
+    name: str
+    options: Callable[[], dict[str, Any]]
+    llm: Llama | None = None
+    error: str | None = None
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    text: list[int] = dataclasses.field(default_factory=list)
+
+
+def contenders(mtp: Path, depths: Sequence[int] = (1, 2, 3)) -> list[Contender]:
+    """Plain decoding, the head at some depths, and the host's stock draft model."""
+    return [
+        Contender("plain", dict),
+        *(
+            Contender(f"mtp k={k}", lambda k=k: {"draft_model": MtpDraft(mtp, num_pred_tokens=k)})  # type: ignore[misc]
+            for k in depths
+        ),
+        Contender("prompt lookup", lambda: {"draft_model": LlamaPromptLookupDecoding(), "logits_all": True}),
+    ]
+
+
+class Contest:
+    """Rounds of all contenders on one model and prompt; `text[0]` is plain decoding's."""
+
+    def __init__(self, trunk: Path, field: Sequence[Contender], prompt: Sequence[int], n: int, **options: Any) -> None:
+        self.field, self._prompt, self._n = list(field), list(prompt), n
+        for each in self.field:
+            each.llm = Llama(str(trunk), verbose=False, **{**options, **each.options()})
+        self._turn = 0
+
+    def round(self) -> None:
+        """Each contender once: seconds from the first token to the last, the prompt apart."""
+        order = self.field[self._turn :] + self.field[: self._turn]
+        self._turn = (self._turn + 1) % len(self.field)
+        for each in order:
+            if each.error is None:
+                try:
+                    self._run(each)
+                except RuntimeError as err:
+                    each.error = f"{type(err).__name__}: {err}"
+
+    def _run(self, each: Contender) -> None:
+        assert each.llm is not None
+        each.llm.reset()
+        each.text = []
+        t0 = 0.0
+        for token in each.llm.generate(self._prompt, temp=0.0):
+            if not each.text:
+                t0 = time.perf_counter()
+            each.text.append(token)
+            if len(each.text) == self._n:
+                break
+        each.seconds.append(time.perf_counter() - t0)
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        """By contender: tokens a second (median), ratio to plain (median, least, greatest), the same text or not."""
+        plain = self.field[0]
+        table: dict[str, dict[str, Any]] = {}
+        for each in self.field:
+            if each.error is not None:
+                table[each.name] = {"did not survive": each.error}
+                continue
+            ratios = sorted(p / s for p, s in zip(plain.seconds, each.seconds))
+            table[each.name] = {
+                "tokens_per_s": (self._n - 1) / statistics.median(each.seconds),
+                "ratio": statistics.median(ratios),
+                "least": ratios[0],
+                "greatest": ratios[-1],
+                "same_text": each.text == plain.text,
+            }
+            assert each.llm is not None
+            stats = getattr(each.llm.draft_model, "stats", None)
+            if stats is not None:
+                table[each.name] |= {
+                    "accepted": [round(rate, 3) for rate in stats.rate_per_position],
+                    "tokens_per_cycle": 1 + stats.per_iter,
+                    "verify_ms": stats.verify_ms / max(1, stats.iters),
+                    "step_ms": stats.draft_ms / max(1, stats.draft_decodes),
+                }
+        return table
+
+    def close(self) -> None:
+        for each in self.field:
+            if each.llm is not None:
+                each.llm.close()
+
+
+def render(title: str, table: dict[str, dict[str, Any]]) -> str:
+    lines = [title, f"  {'':14} {'tok/s':>8} {'ratio':>6} {'(least, greatest)':>18} {'text':>6}  accepted, cycle"]
+    for name, row in table.items():
+        if "ratio" not in row:
+            lines.append(f"  {name:14} did not survive: {row['did not survive']}")
+            continue
+        spread = f"({row['least']:.2f}, {row['greatest']:.2f})"
+        line = f"  {name:14} {row['tokens_per_s']:8.1f} {row['ratio']:6.2f} {spread:>18}"
+        line += f" {'same' if row['same_text'] else 'OTHER':>6}"
+        if "accepted" in row:
+            line += f"  {row['accepted']} {row['tokens_per_cycle']:.2f} tokens,"
+            line += f" verify {row['verify_ms']:.1f} ms, step {row['step_ms']:.1f} ms"
+        lines.append(line)
+    return "\n".join(lines)
