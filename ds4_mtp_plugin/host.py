@@ -214,6 +214,8 @@ class _Session:
         self._in_loop = False
         # Drafts of the verify whose rows the loop is asking for, None when all rows in memory are the Llama's own.
         self._drafts: list[int] | None = None
+        # A verify was begun and not ended (an interrupt): what the engine's memory holds is not known.
+        self._uncertain = False
         # Of the last decode, the output row that is the Llama's last token, and how many there are; None while
         # that is the last one, as the host assumes.
         self._row: tuple[int, int] | None = None
@@ -224,7 +226,7 @@ class _Session:
         self, host_generate: _t.Callable[..., _t.Any], *args: _t.Any, **kwargs: _t.Any
     ) -> _t.Generator[int, _t.Sequence[int] | None, None]:
         self.settle()
-        self._active = True
+        self._active = self._llama.draft_model is self._draft  # an app may take the draft away, and put it back
         tokens = host_generate(*args, **kwargs)
         sent: _t.Sequence[int] | None = None
         try:
@@ -277,19 +279,22 @@ class _Session:
     @_contextlib.contextmanager
     def _loop(self) -> _t.Iterator[None]:
         # Inside its loop the host would ask a draft_model for tokens and write them behind the last of its own.
-        self._in_loop, self._llama.draft_model = True, None
+        draft_model, self._llama.draft_model = self._llama.draft_model, None
+        self._in_loop = True
         try:
             yield
         finally:
-            self._in_loop, self._llama.draft_model = False, self._draft
+            self._in_loop, self._llama.draft_model = False, draft_model
 
     def settle(self) -> None:
         """Take rows that nobody asked for out of the engine's memory: it then holds the Llama's tokens, no more."""
+        if self._draft._spec is not self._spec:
+            return  # the Llama was closed under a generation that is only now dropped
+        if self._uncertain:
+            self._reevaluate()
         if self._drafts is None:
             return
         self._drafts = None
-        if self._draft._spec is not self._spec:
-            return  # the Llama was closed under a generation that is only now dropped
         assert self._row is not None
         try:
             self._spec.accept(_SEQ, self._row[0])
@@ -299,6 +304,7 @@ class _Session:
 
     def _forget(self) -> None:
         self._drafts = self._row = None
+        self._uncertain = False
         self._spec.begin(_SEQ)
 
     def _advance(self, token: int) -> bool:
@@ -324,6 +330,7 @@ class _Session:
             return False
         if not drafts:
             return False
+        self._uncertain = True
         try:
             self._spec.verify(_SEQ, n_past, token, drafts)
         except Exception as err:
@@ -333,6 +340,7 @@ class _Session:
             return False
         self._drafts = drafts
         self._commit(token, 0, len(drafts) + 1)
+        self._uncertain = False
         return True
 
     def _commit(self, token: int, row: int, n_rows: int) -> None:

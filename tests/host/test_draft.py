@@ -12,7 +12,7 @@ import pytest
 from llama_cpp import Llama
 
 from ds4_mtp_plugin import MtpDraft, engine
-from tests.fixtures.planted import SMALL, TINY, Planted
+from tests.fixtures.planted import BY_CONTEXT, SMALL, TINY, Planted
 from tests.text import generate
 
 Make = Callable[..., Llama]
@@ -65,8 +65,6 @@ def test_zero_tokens_draft_none(llama: Make, plant: Plant) -> None:
 @pytest.mark.parametrize("options", [{"embedding": True}, {"vocab_only": True}])
 def test_where_speculation_has_no_place_it_stays_off(llama: Make, plant: Plant, options: dict[str, bool]) -> None:
     files = plant()
-    if options.get("vocab_only"):
-        pytest.importorskip("llama_cpp")
     with pytest.warns(RuntimeWarning, match="no speculation"):
         llm = llama(files.trunk, draft_model=MtpDraft(files.mtp), **options)
     assert "_ds4_mtp" not in llm.__dict__
@@ -152,3 +150,40 @@ def test_a_failure_inside_is_told_once_and_changes_no_text(
     before = spec.stats().iters
     assert generate(llm, [300], 80) == generate(llama(files.trunk), [300], 80)
     assert spec.stats().iters > before  # the next generation drafts again
+
+
+def test_an_interrupt_inside_a_verify_is_survived(llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = plant(**BY_CONTEXT)
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=2))
+    spec = llm._ds4_mtp._spec
+    decode, calls = spec.target.decode, 0
+
+    def interrupted(batch: engine.Batch) -> None:
+        nonlocal calls
+        decode(batch)
+        calls += 1
+        if calls == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(spec.target, "decode", interrupted)
+    prompt, tokens = [300, 301, 302], []
+    with pytest.raises(KeyboardInterrupt):
+        for token in llm.generate(prompt, temp=0.0):
+            tokens.append(token)
+    assert len(tokens) > 4
+    longer = prompt + tokens
+    assert generate(llm, longer, 100) == generate(llama(files.trunk), longer, 100)
+
+
+def test_an_app_may_take_the_draft_away_and_put_it_back(llama: Make, plant: Plant) -> None:
+    files = plant(**BY_CONTEXT)
+    draft = MtpDraft(files.mtp)
+    llm = llama(files.trunk, draft_model=draft)
+    text = generate(llm, [300], 40)
+    iters = draft.stats.iters
+    llm.draft_model = None
+    assert generate(llm, [300], 40) == text
+    assert (draft.stats.iters, llm.draft_model) == (iters, None)
+    llm.draft_model = draft
+    assert generate(llm, [300], 40) == text
+    assert draft.stats.iters == 2 * iters
