@@ -85,3 +85,49 @@ def test_a_second_removal_is_refused_until_a_decode(model: engine.Model) -> None
     context.decode(batch.set(TEXT[7:8], 7, 0))
     assert context.seq_rm(0, 7)
     context.close()
+
+
+@pytest.mark.parametrize("pending", [False, True], ids=["plain", "rolled back"])
+def test_an_aborted_decode_leaves_nothing_behind(model: engine.Model, pending: bool) -> None:
+    """What an aborted decode leaves is either the state before it or an empty sequence; never something between."""
+    context, fresh = (model.new_context(n_ctx=256, n_rs_seq=4, n_threads=1, n_threads_batch=1) for _ in range(2))
+    batch, calls = engine.Batch(64), 0
+
+    @engine.ffi.callback("bool(void *)")  # type: ignore[untyped-decorator]
+    def stop(_: object) -> bool:
+        nonlocal calls
+        calls += 1
+        return calls > 200  # in the middle of the graph
+
+    engine.ffi.cdef("void llama_set_abort_callback(struct llama_context *, bool (*)(void *), void *);", override=True)
+    set_abort = engine.Library(host.library_path()).lib.llama_set_abort_callback
+    context.decode(batch.set(TEXT[:40], 0, 0))
+    if pending:
+        assert context.seq_rm(0, 38)
+    p = context.seq_pos_max(0) + 1
+    set_abort(context._ptr, stop, engine.ffi.NULL)
+    with pytest.raises(engine.DecodeError) as caught:
+        context.decode(batch.set(TEXT[p : p + 3], p, 0))
+    assert caught.value.code == 2
+    set_abort(context._ptr, engine.ffi.NULL, engine.ffi.NULL)
+    assert context.seq_pos_max(0) == -1
+    for each in (context, fresh):
+        each.decode(batch.set(TEXT[:p], 0, 0))
+        each.decode(batch.set(TEXT[p : p + 1], p, 0))
+    np.testing.assert_array_equal(context.logits(), fresh.logits())
+    for each in (context, fresh):
+        each.close()
+
+
+def test_any_sequence_is_removed_whole_or_not_at_all(model: engine.Model) -> None:
+    """seq_id -1 means all: a part of all of them is refused."""
+    context = model.new_context(n_ctx=512, n_seq_max=2, n_rs_seq=4, n_threads=1, n_threads_batch=1)
+    batch = engine.Batch(8)
+    for seq_id in range(2):
+        context.decode(batch.set(TEXT[:8], 0, seq_id))
+    assert not context.seq_rm(-1, 6)
+    assert not context.seq_rm(0, 2, 4)
+    assert [context.seq_pos_max(0), context.seq_pos_max(1)] == [7, 7]
+    assert context.seq_rm(-1, -1)
+    assert [context.seq_pos_max(0), context.seq_pos_max(1)] == [-1, -1]
+    context.close()
