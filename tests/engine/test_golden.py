@@ -11,7 +11,16 @@ import pytest
 pytest.importorskip("llama_cpp")
 
 from tests.reference.parity import (
-    CASES, GOLDEN, MODES, N_TOKENS, digest, engine_rows, random_tensors, random_tokens, row_errors, written,
+    CASES,
+    GOLDEN,
+    MODES,
+    N_TOKENS,
+    digest,
+    engine_rows,
+    random_tensors,
+    random_tokens,
+    row_errors,
+    written,
 )
 
 CASE = CASES["yarn"]
@@ -33,7 +42,11 @@ def test_engine_matches_golden_rows(mode: str) -> None:
         got = engine_rows(CASE.cfg, trunk, mtp, tokens, MODES[mode])
     with np.load(GOLDEN) as golden:
         rows = golden["rows"]
-        for name, have in (("logits", got.logits[rows]), ("hidden", got.hidden[rows]),
-                           ("mtp_logits", got.mtp_logits[rows]), ("step_logits", got.step_logits)):
+        for name, have in (
+            ("logits", got.logits[rows]),
+            ("hidden", got.hidden[rows]),
+            ("mtp_logits", got.mtp_logits[rows]),
+            ("step_logits", got.step_logits),
+        ):
             errors = row_errors(have, golden[name])
             assert errors.max() < 1e-3, f"{name}: {errors.max():.1e} at {errors.argmax()}"

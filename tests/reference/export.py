@@ -32,10 +32,7 @@ def mtp_tensors(model: Ds4) -> dict[str, Array]:
     Raises KeyError if the model was built without MTP.
     """
     arrays = _arrays(model)
-    return {
-        name: arrays["mtp_" + name if name.startswith("output_hc_") else name]
-        for name in mtp_shapes(model.cfg)
-    }
+    return {name: arrays["mtp_" + name if name.startswith("output_hc_") else name] for name in mtp_shapes(model.cfg)}
 
 
 def load_tensors(model: Ds4, trunk: dict[str, Array], mtp: dict[str, Array]) -> None:

@@ -71,7 +71,7 @@ llama.cpp.
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, Optional, TypeVar, cast
+from typing import Any, Callable, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -169,15 +169,16 @@ def mean_square(x: Tensor) -> Tensor:
 
 
 @fused
-def hc_mixes(mixes: Tensor, mean_sq: Tensor, scale: Tensor, base: Tensor, iters: int, eps: float,
-             rms_eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def hc_mixes(
+    mixes: Tensor, mean_sq: Tensor, scale: Tensor, base: Tensor, iters: int, eps: float, rms_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """(pre [S, N], post [S, N], comb [S, S, N]) from ``fn @ concat(x)`` [(2 + S) S, N] and mean(x^2) [N]."""
     s = math.isqrt(mixes.shape[0] + 1) - 1
     mixes = mixes.float() * torch.rsqrt(mean_sq + rms_eps)
     base = base[:, None]
     pre = torch.sigmoid(mixes[:s] * scale[0] + base[:s]) + eps
-    post = 2 * torch.sigmoid(mixes[s:2 * s] * scale[1] + base[s:2 * s])
-    comb = sinkhorn((mixes[2 * s:] * scale[2] + base[2 * s:]).view(s, s, -1), iters, eps)
+    post = 2 * torch.sigmoid(mixes[s : 2 * s] * scale[1] + base[s : 2 * s])
+    comb = sinkhorn((mixes[2 * s :] * scale[2] + base[2 * s :]).view(s, s, -1), iters, eps)
     return pre, post, comb
 
 
@@ -245,7 +246,7 @@ class _Grouped(torch.autograd.Function):
         at = 0
         for g, n in enumerate(sizes):
             if n:
-                torch.mm(x[at:at + n], low[g].t(), out=y[at:at + n])
+                torch.mm(x[at : at + n], low[g].t(), out=y[at : at + n])
             at += n
         ctx.save_for_backward(x, low)
         ctx.sizes, ctx.dtype = sizes, w.dtype
@@ -259,8 +260,8 @@ class _Grouped(torch.autograd.Function):
         at = 0
         for g, n in enumerate(ctx.sizes):
             if n:
-                torch.mm(dy[at:at + n], low[g], out=dx[at:at + n])
-                torch.mm(dy[at:at + n].t(), x[at:at + n], out=dw[g])
+                torch.mm(dy[at : at + n], low[g], out=dx[at : at + n])
+                torch.mm(dy[at : at + n].t(), x[at : at + n], out=dw[g])
             at += n
         return dx, dw.to(ctx.dtype), None
 
@@ -306,7 +307,7 @@ class _HeadLoss(torch.autograd.Function):
         count = (targets >= 0).sum().clamp(min=1)
         total = torch.zeros((), dtype=torch.float32)
         for at in range(0, x.shape[0], rows):
-            part, want = x[at:at + rows], targets[at:at + rows]
+            part, want = x[at : at + rows], targets[at : at + rows]
             logits = (part @ low.t()).float()
             logp = logits.log_softmax(-1)
             valid = want >= 0
@@ -317,7 +318,7 @@ class _HeadLoss(torch.autograd.Function):
                 g.scatter_add_(1, safe[:, None], torch.full_like(g[:, :1], -1.0))
                 g *= (valid / count)[:, None]
                 low_g = g.to(x.dtype)
-                torch.mm(low_g, low, out=dx[at:at + rows])
+                torch.mm(low_g, low, out=dx[at : at + rows])
                 dw += low_g.t() @ part
         if dx is not None and dw is not None:
             ctx.save_for_backward(dx, dw)
@@ -329,14 +330,20 @@ class _HeadLoss(torch.autograd.Function):
         return dx * dloss, dw * dloss, None, None
 
 
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    return cast(Tensor, function.apply(*args))  # type: ignore[no-untyped-call]
+
+
 def rope_tables(cfg: Ds4Config, n: int, compressed: bool) -> tuple[Tensor, Tensor]:
     """cos and sin [n, n_rot / 2] for positions 0..n-1 (YaRN: arXiv 2309.00071, without its magnitude factor)."""
     half = torch.arange(cfg.n_rot // 2, dtype=torch.float64)
     base = cfg.compress_rope_base if compressed else cfg.rope_base
     freq = base ** (-2 * half / cfg.n_rot)
     if compressed and cfg.yarn_factor > 1:
+
         def dim_of(turns: float) -> float:
             return cfg.n_rot * math.log(cfg.yarn_orig_ctx / (turns * 2 * math.pi)) / (2 * math.log(base))
+
         low = max(0, math.floor(dim_of(cfg.yarn_beta_fast)))
         high = min(cfg.n_rot - 1, math.ceil(dim_of(cfg.yarn_beta_slow)))
         keep = 1 - ((half - low) / max(0.001, high - low)).clamp(0, 1)
@@ -461,14 +468,20 @@ class Ds4(nn.Module):
         self.token_embd = nn.Embedding(cfg.n_vocab, cfg.n_embd)
         self.output_norm = Weight(cfg.n_embd)
         self.output = _linear(cfg.n_embd, cfg.n_vocab)
-        self.output_hc_fn, self.output_hc_base, self.output_hc_scale = \
-            Weight(cfg.hc_mult, streams), Weight(cfg.hc_mult), Weight(1)
+        self.output_hc_fn, self.output_hc_base, self.output_hc_scale = (
+            Weight(cfg.hc_mult, streams),
+            Weight(cfg.hc_mult),
+            Weight(1),
+        )
         n_layer = len(cfg.compress_ratios)
         self.blk = nn.ModuleList([Block(cfg, i) for i in range(n_layer)])
         if mtp:
             self.blk.append(Block(cfg, n_layer, mtp=True))
-            self.mtp_output_hc_fn, self.mtp_output_hc_base, self.mtp_output_hc_scale = \
-                Weight(cfg.hc_mult, streams), Weight(cfg.hc_mult), Weight(1)
+            self.mtp_output_hc_fn, self.mtp_output_hc_base, self.mtp_output_hc_scale = (
+                Weight(cfg.hc_mult, streams),
+                Weight(cfg.hc_mult),
+                Weight(1),
+            )
         self.has_mtp = mtp
         self.n_layer = n_layer
         self.expert_counts: dict[int, Tensor] = {}
@@ -480,7 +493,7 @@ class Ds4(nn.Module):
     # -- weights ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def init_weights(self, generator: Optional[torch.Generator] = None) -> None:
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw weights to train from.
 
         Matrices 1/sqrt(fan in), those that write into the residual 1/sqrt(2 layers) less; embeddings 1, output
@@ -521,10 +534,10 @@ class Ds4(nn.Module):
                 base.zero_()
                 base[:s] = -2.0
                 base[(2 * i + j) % s] = 2.0
-                base[2 * s:] = 4.0 * torch.eye(s).flatten()
+                base[2 * s :] = 4.0 * torch.eye(s).flatten()
             if block.hashed:
                 keys = torch.rand(cfg.n_vocab, cfg.n_expert, generator=gen)
-                block.ffn_gate_tid2eid.weight.copy_(keys.argsort(-1)[:, :cfg.n_expert_used].int())
+                block.ffn_gate_tid2eid.weight.copy_(keys.argsort(-1)[:, : cfg.n_expert_used].int())
             else:
                 block.exp_probs_b.bias.zero_()
 
@@ -566,12 +579,11 @@ class Ds4(nn.Module):
 
     # -- parts --------------------------------------------------------------------------------------------------
 
-    def _compressed(self, x: Tensor, kv: nn.Linear, gate: nn.Linear, ape: Weight, weight: Weight,
-                    ratio: int) -> Tensor:
+    def _compressed(self, x: Tensor, kv: nn.Linear, gate: nn.Linear, ape: Weight, weight: Weight, ratio: int) -> Tensor:
         """The keys of all completed blocks: x [B, T, D] -> [B, T // ratio, channels]."""
         n = x.shape[1] // ratio
-        part = x[:, :n * ratio]
-        cos, sin = (table[:n * ratio:ratio] for table in self._rope(x.shape[1], True))
+        part = x[:, : n * ratio]
+        cos, sin = (table[: n * ratio : ratio] for table in self._rope(x.shape[1], True))
         mean = compress(kv(part), gate(part), ape.weight, ratio)
         return norm_rotate(mean, weight.weight, cos, sin, self.cfg.rms_eps, _low())
 
@@ -582,8 +594,14 @@ class Ds4(nn.Module):
         cos, sin = self._rope(t, True)
         q = block.indexer.attn_q_b(qr).view(b, t, cfg.indexer_n_head, cfg.indexer_head_dim)
         q = rotate(q, cos[:, None], sin[:, None], _low())
-        k = self._compressed(x, block.indexer_compressor_kv, block.indexer_compressor_gate,
-                             block.indexer_compressor_ape, block.indexer_compressor_norm, 4)
+        k = self._compressed(
+            x,
+            block.indexer_compressor_kv,
+            block.indexer_compressor_gate,
+            block.indexer_compressor_ape,
+            block.indexer_compressor_norm,
+            4,
+        )
         w = block.indexer.proj(x).float() / math.sqrt(cfg.indexer_head_dim * cfg.indexer_n_head)
         scores = F.relu((q.flatten(1, 2) @ k.transpose(1, 2)).float()).view(b, t, cfg.indexer_n_head, -1)
         return torch.einsum("bthk,bth->btk", scores, w)
@@ -615,8 +633,8 @@ class Ds4(nn.Module):
             chunks, c = bias.shape[0], bias.shape[1]
             extra = torch.where(chosen, 0.0, -1e30)
             extra = F.pad(extra, (0, 0, 0, chunks * c - t)).view(b, chunks, c, 1, blocks)
-            window = bias[..., :2 * c].expand(b, -1, -1, -1, -1)
-            return torch.cat((window, bias[..., 2 * c:] + extra), -1)
+            window = bias[..., : 2 * c].expand(b, -1, -1, -1, -1)
+            return torch.cat((window, bias[..., 2 * c :] + extra), -1)
 
     def _attention(self, block: Block, x: Tensor) -> Tensor:
         cfg, low = self.cfg, _low()
@@ -634,8 +652,14 @@ class Ds4(nn.Module):
         before = F.pad(own[:, :-c], (0, 0, c, 0))
         keys = [before.view(b, chunks, c, d), own.view(b, chunks, c, d)]
         if block.ratio:
-            comp = self._compressed(x, block.attn_compressor_kv, block.attn_compressor_gate,
-                                    block.attn_compressor_ape, block.attn_compressor_norm, block.ratio)
+            comp = self._compressed(
+                x,
+                block.attn_compressor_kv,
+                block.attn_compressor_gate,
+                block.attn_compressor_ape,
+                block.attn_compressor_norm,
+                block.ratio,
+            )
             if block.ratio == 4:
                 bias = self._select(block, x, qr, q, comp, bias)
             keys.append(comp[:, None].expand(-1, chunks, -1, -1))
@@ -672,12 +696,15 @@ class Ds4(nn.Module):
         counts = torch.bincount(flat, minlength=cfg.n_expert)
         self.expert_counts[block.layer] = counts
         sizes = counts.tolist()
-        rows = _Dispatch.apply(x.to(_low()), order, inverse, k)
-        mid = swiglu(_Grouped.apply(rows, block.ffn_gate_exps.weight, sizes),
-                     _Grouped.apply(rows, block.ffn_up_exps.weight, sizes), cfg.swiglu_clamp)
-        out = _Permute.apply(_Grouped.apply(mid, block.ffn_down_exps.weight, sizes), inverse, order)
+        rows = _apply(_Dispatch, x.to(_low()), order, inverse, k)
+        mid = swiglu(
+            _apply(_Grouped, rows, block.ffn_gate_exps.weight, sizes),
+            _apply(_Grouped, rows, block.ffn_up_exps.weight, sizes),
+            cfg.swiglu_clamp,
+        )
+        out = _apply(_Permute, _apply(_Grouped, mid, block.ffn_down_exps.weight, sizes), inverse, order)
         shared = block.ffn_down_shexp(swiglu(block.ffn_gate_shexp(x), block.ffn_up_shexp(x), cfg.swiglu_clamp))
-        return cast(Tensor, combine(out.view(-1, k, cfg.n_embd), weight, shared))
+        return combine(out.view(-1, k, cfg.n_embd), weight, shared)
 
     def _mix(self, block: Block, part: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What a layer reads (normed, [N, D]), and post and comb for what it writes: x [N, S, D]."""
@@ -696,21 +723,22 @@ class Ds4(nn.Module):
         cur, post, comb = self._mix(block, "attn", x, block.attn_norm.weight)
         x = hc_post(self._attention(block, cur.view(b, t, -1)).flatten(0, 1), x, post, comb)
         cur, post, comb = self._mix(block, "ffn", x, block.ffn_norm.weight)
-        return cast(Tensor, hc_post(self._ffn(block, cur, tokens.flatten()), x, post, comb))
+        return hc_post(self._ffn(block, cur, tokens.flatten()), x, post, comb)
 
     def _head(self, hidden: Tensor, mtp: bool) -> Tensor:
         """What the output matrix multiplies: hidden [B, T, S * D] -> [B, T, D]."""
         cfg = self.cfg
         prefix = "mtp_" if mtp else ""
-        fn, base, scale = (cast(Tensor, getattr(self, f"{prefix}output_hc_{n}").weight)
-                           for n in ("fn", "base", "scale"))
+        fn, base, scale = (
+            cast(Tensor, getattr(self, f"{prefix}output_hc_{n}").weight) for n in ("fn", "base", "scale")
+        )
         weight = cast(Block, self.blk[self.n_layer]).nextn.shared_head_norm if mtp else self.output_norm
         flat = hidden.flatten(0, 1)
         with torch.autocast("cpu", enabled=False):
             mixes = (fn @ flat.t()) * torch.rsqrt(mean_square(flat) + cfg.rms_eps)
             pre = torch.sigmoid(mixes * scale + base[:, None]) + cfg.hc_eps
         out = hc_pre(flat.view(-1, cfg.hc_mult, cfg.n_embd), pre, weight.weight, cfg.rms_eps, _low())
-        return cast(Tensor, out.view(hidden.shape[0], hidden.shape[1], -1))
+        return out.view(hidden.shape[0], hidden.shape[1], -1)
 
     # -- what a caller uses -------------------------------------------------------------------------------------
 
@@ -718,8 +746,8 @@ class Ds4(nn.Module):
         """Hidden rows [B, T, S * D] of tokens [B, T] that stand at positions 0..T-1."""
         self.indexer_loss = torch.zeros(())
         b, t = tokens.shape
-        x = self.token_embd(tokens).flatten(0, 1)[:, None].expand(-1, self.cfg.hc_mult, -1).contiguous()
-        for block in self.blk[:self.n_layer]:
+        x: Tensor = self.token_embd(tokens).flatten(0, 1)[:, None].expand(-1, self.cfg.hc_mult, -1).contiguous()
+        for block in self.blk[: self.n_layer]:
             x = self._layer(cast(Block, block), x, tokens)
         return x.view(b, t, -1)
 
@@ -730,7 +758,8 @@ class Ds4(nn.Module):
         e = norm(self.token_embd(tokens), block.nextn.enorm.weight, cfg.rms_eps, low).flatten(0, 1)
         h = norm(hidden_prev.reshape(-1, cfg.hc_mult, cfg.n_embd), block.nextn.hnorm.weight, cfg.rms_eps, low)
         # The embedding's half is the same for all streams: multiply it once.
-        w_e, w_h = block.nextn.eh_proj.weight.split(cfg.n_embd, 1)
+        weight = block.nextn.eh_proj.weight
+        w_e, w_h = weight[:, : cfg.n_embd], weight[:, cfg.n_embd :]
         x = F.linear(h, w_h).float() + F.linear(e, w_e).float()[:, None]
         return self._layer(block, x, tokens).view(tokens.shape[0], tokens.shape[1], -1)
 
@@ -741,7 +770,7 @@ class Ds4(nn.Module):
     def loss(self, hidden: Tensor, targets: Tensor, mtp: bool = False) -> Tensor:
         """Mean cross entropy against targets [B, T] (-100: ignored): :meth:`logits` without keeping them."""
         x = self._head(hidden, mtp).flatten(0, 1)
-        return cast(Tensor, _HeadLoss.apply(x, self.output.weight, targets.flatten(), 1024))
+        return _apply(_HeadLoss, x, self.output.weight, targets.flatten(), 1024)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(logits [B, T, V], hidden rows [B, T, S * D]) of tokens [B, T]."""

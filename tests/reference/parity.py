@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -59,16 +59,22 @@ class Mode:
 
 _ALL = Ds4Config(compress_ratios=(0, 4, 128, 4, 0), n_hash_layers=2, n_expert=8, indexer_n_head=8)
 
-# The engine divides by zero on a trunk without a ratio-4 layer: every case has one. Seeds are chosen such that no choice
-# of blocks or experts is near a tie (ReLU makes exact ties of the indexer's scores): the last chosen leads the first
-# left out by 1e-5 or more of the largest score, respectively by 1e-4 in routing.
+# The engine divides by zero on a trunk without a ratio-4 layer: every case has one. Seeds are chosen such that no
+# choice of blocks or experts is near a tie (ReLU makes exact ties of the indexer's scores): the last chosen leads the
+# first left out by 1e-5 or more of the largest score, respectively by 1e-4 in routing.
 CASES = {
-    "window": Case(Ds4Config(compress_ratios=(0, 4), indexer_top_k=512), 1,
-                   "a raw and a ratio-4 layer, all blocks chosen"),
+    "window": Case(
+        Ds4Config(compress_ratios=(0, 4), indexer_top_k=512), 1, "a raw and a ratio-4 layer, all blocks chosen"
+    ),
     "kinds": Case(replace(_ALL, indexer_top_k=512), 65, "every kind of layer, all blocks chosen"),
     "top-k": Case(_ALL, 104, "every kind of layer, 16 of up to 175 blocks chosen"),
-    "yarn": Case(replace(_ALL, compress_ratios=(0, 4, 128), n_hash_layers=1, yarn_factor=4.0, yarn_orig_ctx=512,
-                         swiglu_clamp=1.0), 100, "YaRN factor 4, SwiGLU clamped at 1, 16 blocks chosen"),
+    "yarn": Case(
+        replace(
+            _ALL, compress_ratios=(0, 4, 128), n_hash_layers=1, yarn_factor=4.0, yarn_orig_ctx=512, swiglu_clamp=1.0
+        ),
+        100,
+        "YaRN factor 4, SwiGLU clamped at 1, 16 blocks chosen",
+    ),
 }
 
 MODES = {
@@ -81,6 +87,7 @@ MODES = {
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
+
 
 def _random(name: str, shape: tuple[int, ...], cfg: Ds4Config, seed: int) -> Array:
     # RandomState's streams are frozen for ever (NEP 19); each tensor has its own, so that order does not matter.
@@ -122,6 +129,7 @@ def random_tokens(cfg: Ds4Config, n: int, seed: int) -> Array:
 
 # -- engine -----------------------------------------------------------------------------------------------------------
 
+
 class Engine:
     """One context of the engine, through the host's ctypes bindings: rows in, logits and hidden rows out.
 
@@ -129,8 +137,19 @@ class Engine:
     engine refuses the file, the context or a batch.
     """
 
-    def __init__(self, path: Path, cfg: Ds4Config, *, mtp: bool = False, flash: bool = False, f32: bool = True,
-                 n_ctx: int = 1024, n_batch: int = 1024, n_ubatch: int = 1024, n_rs_seq: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        cfg: Ds4Config,
+        *,
+        mtp: bool = False,
+        flash: bool = False,
+        f32: bool = True,
+        n_ctx: int = 1024,
+        n_batch: int = 1024,
+        n_ubatch: int = 1024,
+        n_rs_seq: int = 0,
+    ) -> None:
         import llama_cpp.llama_cpp as c
         import llama_cpp.llama_cpp_ext as ext
 
@@ -158,7 +177,7 @@ class Engine:
         # overwritten by the logits. Setting a control vector, even none, makes the engine plan anew.
         c.llama_set_adapter_cvec(self._ctx, None, 0, 0, 0, 0)
 
-    def decode(self, tokens: Array, pos: int = 0, hidden: Optional[Array] = None) -> tuple[Array, Array]:
+    def decode(self, tokens: Array, pos: int = 0, hidden: Array | None = None) -> tuple[Array, Array]:
         """(logits [n, n_vocab], hidden rows [n, hc_dim]) of n tokens at positions pos .., n_batch at a time.
 
         ``hidden`` are the rows that an MTP context takes beside the tokens.
@@ -171,13 +190,13 @@ class Engine:
             m = min(self.n_batch, n - at)
             batch = c.llama_batch()
             batch.n_tokens = m
-            batch.token = (c.llama_token * m)(*tokens[at:at + m].tolist())
+            batch.token = (c.llama_token * m)(*tokens[at : at + m].tolist())
             batch.pos = (c.llama_pos * m)(*range(pos + at, pos + at + m))
             batch.n_seq_id = (ctypes.c_int32 * m)(*[1] * m)
             batch.seq_id = (ctypes.POINTER(c.llama_seq_id) * m)(*[seq] * m)
             batch.logits = (ctypes.c_int8 * m)(*[1] * m)
             if hidden is not None:
-                part = np.ascontiguousarray(hidden[at:at + m], np.float32)
+                part = np.ascontiguousarray(hidden[at : at + m], np.float32)
                 batch.embd = part.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
             status = c.llama_decode(self._ctx, batch)
             if status:
@@ -185,7 +204,8 @@ class Engine:
             for i in range(m):
                 logits[at + i] = np.ctypeslib.as_array(c.llama_get_logits_ith(self._ctx, i), (self.cfg.n_vocab,))
                 rows[at + i] = np.ctypeslib.as_array(
-                    self._ext.llama_get_embeddings_nextn_ith(self._ctx, i), (self.cfg.hc_dim,))
+                    self._ext.llama_get_embeddings_nextn_ith(self._ctx, i), (self.cfg.hc_dim,)
+                )
         return logits, rows
 
     def remove(self, pos: int) -> None:
@@ -205,6 +225,7 @@ class Engine:
 
 
 # -- comparison -------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -233,17 +254,29 @@ def reference_rows(cfg: Ds4Config, trunk: dict[str, Array], mtp: dict[str, Array
         mtp_logits, mtp_hidden = model.mtp(hidden[:, :-1], ids[:, 1:])
         steps = []
         for p in ANCHORS:
-            fed = hidden[:, :p]
-            for j in (1, 2):
-                own = mtp_hidden[:, p - 1:p] if j == 1 else out[:, -1:]
-                fed = torch.cat((fed, own), 1)
-                step, out = model.mtp(fed, ids[:, 1:p + 1 + j])
+            fed, out = hidden[:, :p], mtp_hidden[:, :p]
+            for n in (p + 2, p + 3):
+                fed = torch.cat((fed, out[:, -1:]), 1)
+                step, out = model.mtp(fed, ids[:, 1:n])
                 steps.append(step[0, -1])
-    return Rows(*(x[0].numpy() for x in (logits, hidden, mtp_logits, mtp_hidden)), torch.stack(steps).numpy())
+    return Rows(
+        logits=logits[0].numpy(),
+        hidden=hidden[0].numpy(),
+        mtp_logits=mtp_logits[0].numpy(),
+        mtp_hidden=mtp_hidden[0].numpy(),
+        step_logits=torch.stack(steps).numpy(),
+    )
 
 
-def engine_rows(cfg: Ds4Config, trunk: Path, mtp: Path, tokens: Array, mode: Mode, hidden: Optional[Array] = None,
-                anchors: tuple[int, ...] = ANCHORS) -> Rows:
+def engine_rows(
+    cfg: Ds4Config,
+    trunk: Path,
+    mtp: Path,
+    tokens: Array,
+    mode: Mode,
+    hidden: Array | None = None,
+    anchors: tuple[int, ...] = ANCHORS,
+) -> Rows:
     """The engine's side. ``hidden`` are the rows that the MTP block is fed; the engine's own by default."""
     kind = dict(flash=mode.flash, f32=mode.f32, n_batch=mode.n_batch, n_ubatch=mode.n_ubatch)
     with Engine(trunk, cfg, **kind) as engine:  # type: ignore[arg-type]
@@ -255,9 +288,9 @@ def engine_rows(cfg: Ds4Config, trunk: Path, mtp: Path, tokens: Array, mode: Mod
     with Engine(mtp, cfg, mtp=True, **kind) as engine:  # type: ignore[arg-type]
         at = 1
         for p in anchors:
-            out = engine.decode(tokens[at:p + 1], at, fed[at - 1:p])[1]
+            out = engine.decode(tokens[at : p + 1], at, fed[at - 1 : p])[1]
             for pos in (p + 1, p + 2):
-                step, out = engine.decode(tokens[pos:pos + 1], pos, out[-1:])
+                step, out = engine.decode(tokens[pos : pos + 1], pos, out[-1:])
                 steps.append(step[0])
             engine.remove(p + 1)
             at = p + 1
@@ -292,6 +325,7 @@ def compare(case: Case, modes: dict[str, Mode]) -> Iterator[tuple[str, dict[str,
 
 # -- golden logits ----------------------------------------------------------------------------------------------------
 
+
 def digest(tensors: dict[str, Array]) -> int:
     """A checksum over names and values."""
     crc = 0
@@ -309,9 +343,13 @@ def write_golden(path: Path = GOLDEN) -> None:
     rows = np.array(GOLDEN_ROWS)
     path.parent.mkdir(exist_ok=True)
     np.savez_compressed(
-        path, rows=rows, digests=np.array([digest(trunk), digest(mtp), digest({"tokens": tokens})]),
-        logits=want.logits[rows], hidden=want.hidden[rows],
-        mtp_logits=want.mtp_logits[rows], step_logits=want.step_logits,
+        path,
+        rows=rows,
+        digests=np.array([digest(trunk), digest(mtp), digest({"tokens": tokens})]),
+        logits=want.logits[rows],
+        hidden=want.hidden[rows],
+        mtp_logits=want.mtp_logits[rows],
+        step_logits=want.step_logits,
     )
 
 
