@@ -2,6 +2,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import ds4_mtp_plugin  # noqa: F401
+
+# isort: split
 import pytest
 
 TABLES: list[str] = []

@@ -1,4 +1,4 @@
-"""What every test shares. The plugin comes first, so that the host runs on its library wherever a test imports it."""
+"""Fixtures of the tests that run models. The plugin comes first, so that the host runs on its library."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ds4_mtp_plugin  # noqa: F401
+
+# isort: split
 import pytest
 from llama_cpp import Llama
 from llama_cpp._logger import set_verbose
 
-import ds4_mtp_plugin  # noqa: F401
 from tests.fixtures.planted import Planted, planted
 
 set_verbose(False)  # the engine's log; a Llama's own `verbose` sets it again
