@@ -105,6 +105,27 @@ def test_indexer_loss_trains_the_indexer_alone() -> None:
     assert reached == {name for name, _ in model.named_parameters() if "indexer" in name}
 
 
+def test_indexer_learns_what_attention_looks_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target is a distribution over visible blocks that follows the attention: it is not flat."""
+    targets: list[torch.Tensor] = []
+    original = torch.nn.functional.kl_div
+
+    def kl_div(logp: torch.Tensor, target: torch.Tensor, reduction: str) -> torch.Tensor:
+        targets.append(target)
+        return original(logp, target, reduction=reduction)
+
+    monkeypatch.setattr(torch.nn.functional, "kl_div", kl_div)
+    model, tokens = _small()
+    model.indexer_queries = 64
+    model.trunk(tokens)
+    (target,) = targets
+    visible = target > 0
+    assert torch.allclose(target.sum(-1), torch.ones(()))
+    assert (visible.long().diff(dim=-1) <= 0).all() and not visible.all()
+    many = target[visible.sum(-1) > 20]
+    assert (many.amax(-1) > 3 * many.masked_fill(many == 0, 2).amin(-1)).all()
+
+
 def test_balance_moves_towards_the_idle_experts() -> None:
     """A bias rises where fewer rows went, and hash-routed layers are left alone."""
     model, tokens = _small()
