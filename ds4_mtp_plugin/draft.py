@@ -11,6 +11,8 @@ import numpy as _np
 import numpy.typing as _npt
 from llama_cpp.llama_speculative import LlamaDraftModel as _LlamaDraftModel
 
+from .depth import Gate as _Gate
+from .settings import current as _current
 from .stats import MtpStats as _MtpStats
 
 if _t.TYPE_CHECKING:
@@ -40,6 +42,8 @@ class MtpDraft(_LlamaDraftModel):  # type: ignore[misc, unused-ignore]
         model_path: str | _os.PathLike[str],
         *,
         num_pred_tokens: int = 2,
+        p_min: float = 0.0,
+        margin: float | None = None,
         n_gpu_layers: int | None = None,
         n_threads: int | None = None,
         n_threads_batch: int | None = None,
@@ -50,6 +54,8 @@ class MtpDraft(_LlamaDraftModel):  # type: ignore[misc, unused-ignore]
             model_path: an MTP GGUF of the target model (``nextn_predict_layers`` 1, no trunk).
             num_pred_tokens: the number of tokens drafted a cycle; 0 drafts none. Lowered where the target's
                 micro-batch or the context has no room for as many, and to 16.
+            p_min: end a draft before the first token whose probability is less, 0 to 1.
+            margin: end a draft before the first token that leads the second best logit by less; None or 0 for no gate.
             n_gpu_layers: layers of the head on the GPU, -1 all; None as the target's.
             n_threads: threads for single-row decodes of the head; None as the target's.
             n_threads_batch: threads for decodes of more rows; None as the target's.
@@ -65,8 +71,14 @@ class MtpDraft(_LlamaDraftModel):  # type: ignore[misc, unused-ignore]
             raise FileNotFoundError(f"MtpDraft: {path}: {found}; expected an MTP GGUF file")
         if num_pred_tokens < 0:
             raise ValueError(f"MtpDraft: num_pred_tokens is {num_pred_tokens}, expected 0 or more")
+        if not 0 <= p_min <= 1:
+            raise ValueError(f"MtpDraft: p_min is {p_min}, expected a probability, 0 to 1")
+        if margin is not None and not margin >= 0:
+            raise ValueError(f"MtpDraft: margin is {margin}, expected 0 or more")
         self.model_path = str(path)
         self.num_pred_tokens = num_pred_tokens
+        self.p_min = p_min
+        self.margin = margin
         self.n_gpu_layers = n_gpu_layers
         self.n_threads = n_threads
         self.n_threads_batch = n_threads_batch
@@ -79,6 +91,10 @@ class MtpDraft(_LlamaDraftModel):  # type: ignore[misc, unused-ignore]
         """What speculation did since a Llama took this draft; after that Llama is closed, what it did until then."""
         return self._last_stats if self._spec is None else self._spec.stats()
 
+    def _gate(self) -> _Gate:
+        margin = _current().margin
+        return _Gate(p_min=self.p_min, margin=(self.margin or 0.0) if margin is None else margin)
+
     def _attach(self, spec: _CommonSpeculative) -> None:
         self._spec = spec
 
@@ -89,7 +105,7 @@ class MtpDraft(_LlamaDraftModel):  # type: ignore[misc, unused-ignore]
             return
         self._last_stats = spec.stats()
         spec.close()
-        if self.report:
+        if self.report or _current().report:
             print(f"ds4_mtp_plugin: {self._last_stats}", file=_sys.stderr)
 
     def __call__(self, input_ids: _npt.NDArray[_np.intc], /, **kwargs: _t.Any) -> _npt.NDArray[_np.intc]:

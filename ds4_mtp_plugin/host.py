@@ -14,6 +14,7 @@ import contextlib as _contextlib
 import contextvars as _contextvars
 import functools as _functools
 import inspect as _inspect
+import sys as _sys
 import typing as _t
 import warnings as _warnings
 import weakref as _weakref
@@ -26,6 +27,7 @@ from . import engine as _engine
 from .draft import MAX_PRED_TOKENS as _MAX_PRED_TOKENS
 from .draft import MtpDraft as _MtpDraft
 from .mtp import MtpDrafter as _MtpDrafter
+from .settings import current as _current
 from .speculative import CommonSpeculative as _CommonSpeculative
 from .speculative import RollbackRefused as _RollbackRefused
 
@@ -74,12 +76,15 @@ def adopt(library: _engine.Library) -> None:
         # Without a draft the host leaves logits_all as the app set it.
         bound.arguments["draft_model"] = None
         why_off = _why_off(bound.arguments)
-        token = _draft_in_scope.set(None if why_off else draft)
+        disabled = _current().disable
+        token = _draft_in_scope.set(None if why_off or disabled else draft)
         try:
             original_init(*bound.args, **bound.kwargs)
         finally:
             _draft_in_scope.reset(token)
         self.draft_model = draft
+        if disabled:
+            return
         if why_off:
             _warnings.warn(f"MtpDraft: no speculation: {why_off}", RuntimeWarning, stacklevel=2)
             return
@@ -106,7 +111,7 @@ def adopt(library: _engine.Library) -> None:
 
         setattr(llama, name, method)
 
-    for name in ("eval", "sample", "generate", "reset", "save_state", "load_state"):
+    for name in ("_create_completion", "generate", "eval", "sample", "reset", "save_state", "load_state"):
         wrap(name)
 
 
@@ -152,7 +157,7 @@ def _open_session(library: _engine.Library, llama: _t.Any, draft: _MtpDraft) -> 
     except BaseException:
         model.close()
         raise
-    drafter = _MtpDrafter(context, on_close=model.close)
+    drafter = _MtpDrafter(context, gate=draft._gate(), on_close=model.close)
     draft._attach(_CommonSpeculative(target, drafter, n_draft=depth))
     # The host's stack runs backwards: the head goes before the target.
     llama._stack.callback(draft._detach)
@@ -210,6 +215,8 @@ class _Session:
         self._spec: _CommonSpeculative = draft._spec
         self._active = True
         self._warned = False
+        # Tokens that the app still wants of this generation, None while nobody has said.
+        self._budget: int | None = None
         # The host's generation loop is running, as opposed to the app, which may evaluate between two tokens.
         self._in_loop = False
         # Drafts of the verify whose rows the loop is asking for, None when all rows in memory are the Llama's own.
@@ -221,6 +228,17 @@ class _Session:
         self._row: tuple[int, int] | None = None
 
     # -- the Llama's methods --
+
+    def _create_completion(
+        self, host_create_completion: _t.Callable[..., _t.Iterator[_t.Any]], *args: _t.Any, **kwargs: _t.Any
+    ) -> _t.Iterator[_t.Any]:
+        # Only here does the host say how many tokens are wanted: no draft goes beyond them.
+        max_tokens = kwargs.get("max_tokens")
+        self._budget = max_tokens if max_tokens is not None and max_tokens > 0 else None
+        try:
+            yield from host_create_completion(*args, **kwargs)
+        finally:
+            self._budget = None
 
     def generate(
         self, host_generate: _t.Callable[..., _t.Any], *args: _t.Any, **kwargs: _t.Any
@@ -236,6 +254,7 @@ class _Session:
                         token = tokens.send(sent)
                     except StopIteration:
                         return
+                self._chosen(token)
                 sent = yield token
         finally:
             tokens.close()
@@ -286,6 +305,25 @@ class _Session:
         finally:
             self._in_loop, self._llama.draft_model = False, draft_model
 
+    def _chosen(self, token: int) -> None:
+        """The host's sampler chose `token`: count it, and the draft for it if there was one."""
+        if self._budget is not None:
+            self._budget -= 1
+        if self._drafts is None:
+            return
+        assert self._row is not None
+        row = self._row[0]
+        if row >= len(self._drafts):
+            return
+        if self._drafts[row] == token:
+            self._spec.counters.accepted(row)
+        elif _current().log:
+            print(
+                f"ds4_mtp_plugin: mtp miss: position={self._llama.n_tokens} depth={row + 1} "
+                f"drafted={self._drafts[row]} sampled={token}",
+                file=_sys.stderr,
+            )
+
     def settle(self) -> None:
         """Take rows that nobody asked for out of the engine's memory: it then holds the Llama's tokens, no more."""
         if self._draft._spec is not self._spec:
@@ -315,7 +353,6 @@ class _Session:
         row, n_rows = self._row
         if row >= len(self._drafts) or self._drafts[row] != token:
             return False
-        self._spec.counters.accepted(row)
         self._commit(token, row + 1, n_rows)
         return True
 
@@ -323,8 +360,11 @@ class _Session:
         """Evaluate `token` together with what may follow it; False where it is to be evaluated alone."""
         llama = self._llama
         n_past = llama.n_tokens
+        room = len(llama.input_ids) - 1 - n_past
+        if self._budget is not None:
+            room = min(room, self._budget - 1)
         try:
-            drafts = self._spec.draft(_SEQ, n_past, token, len(llama.input_ids) - 1 - n_past)
+            drafts = self._spec.draft(_SEQ, n_past, token, room)
         except Exception as err:
             self._give_up(f"drafting failed: {err}")
             return False

@@ -17,6 +17,7 @@ import typing as _t
 import numpy as _np
 
 from . import engine as _engine
+from .depth import Gate as _Gate
 
 
 class _Sequence:
@@ -38,12 +39,14 @@ class MtpDrafter:
         self,
         context: _engine.Context,
         *,
+        gate: _Gate | None = None,
         on_close: _t.Callable[[], None] | None = None,
     ) -> None:
         """
         Args:
             context: an MTP context that is wholly this object's. Its ``n_batch`` and ``n_ubatch`` must hold a
                 window of rows, and each sequence's share of ``n_ctx`` three.
+            gate: ends a draft early; None never does.
             on_close: called after the context is closed (to free its model).
         """
         self.window = context.window
@@ -55,6 +58,7 @@ class MtpDrafter:
             )
         self._context = context
         self._capacity = per_seq
+        self._gate = gate or _Gate()
         self._on_close = on_close
         self._batch = _engine.Batch(self.window, n_embd_out=context.n_embd_out)
         self._sequences: dict[int, _Sequence] = {}
@@ -96,9 +100,12 @@ class MtpDrafter:
                 self.n_decodes += 1
                 start += len(tokens)
                 s.kv_hi = start
-                drafts.append(self._context.best(-1).id)
-                if len(drafts) == n_max:
+                best = self._context.best(-1)
+                if not self._gate.passes(best):
                     return drafts
+                drafts.append(best.id)
+                if len(drafts) == n_max or self._context.is_eog(best.id):
+                    return drafts  # nothing follows the end of a text
                 self._context.hidden(-1, self._batch.embd[0])
                 tokens = drafts[-1:]
         except BaseException:

@@ -122,7 +122,8 @@ class Context:
         self.n_ubatch = int(self._lib.llama_n_ubatch(self._ptr))
         self.n_seq_max = int(self._lib.llama_n_seq_max(self._ptr))
         self.n_rs_seq = int(self._lib.llama_n_rs_seq(self._ptr))
-        self.n_vocab = int(self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(model)))
+        self._vocab = self._lib.llama_model_get_vocab(model)
+        self.n_vocab = int(self._lib.llama_vocab_n_tokens(self._vocab))
         self.n_embd = int(self._lib.llama_model_n_embd(model))
         self.n_embd_out = int(self._lib.llama_model_n_embd_out(model))
         self.n_layer_nextn = int(self._lib.llama_model_n_layer_nextn(model))
@@ -140,6 +141,10 @@ class Context:
         buf = _ffi.new("char[]", 1024)
         n = self._lib.llama_model_meta_val_str(self._model, key.encode(), buf, 1024)
         return None if n < 0 else _ffi.string(buf).decode(errors="replace")
+
+    def is_eog(self, token: int) -> bool:
+        """Whether a text ends with `token`."""
+        return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
 
     # -- decoding --
 

@@ -1,0 +1,27 @@
+"""How many tokens to draft next: gates that end a draft early.
+
+A gate looks at the drafts alone, never at what the target would say, so it costs or saves time and cannot change a
+text.
+"""
+
+from __future__ import annotations
+
+import dataclasses as _dataclasses
+
+from . import engine as _engine
+
+
+@_dataclasses.dataclass(frozen=True)
+class Gate:
+    """Ends a draft at the first token that the head is not sure enough of.
+
+    Attributes:
+        p_min: least softmax probability of a draft (llama.cpp's ``--draft-p-min``); 0 lets every draft pass.
+        margin: least lead of a draft over the second best logit (ds4's ``--mtp-margin``); 0 lets every draft pass.
+    """
+
+    p_min: float = 0.0
+    margin: float = 0.0
+
+    def passes(self, best: _engine.Best) -> bool:
+        return best.prob >= self.p_min and best.margin >= self.margin
