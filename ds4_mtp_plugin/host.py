@@ -14,18 +14,22 @@ import contextlib as _contextlib
 import contextvars as _contextvars
 import functools as _functools
 import inspect as _inspect
+import os as _os
+import pathlib as _pathlib
 import sys as _sys
 import typing as _t
 import warnings as _warnings
 import weakref as _weakref
 
 import llama_cpp as _llama_cpp
+import llama_cpp._ctypes_extensions as _ctypes_extensions
 import llama_cpp._internals as _internals
 import numpy as _np
 
 from . import engine as _engine
 from .draft import MAX_PRED_TOKENS as _MAX_PRED_TOKENS
 from .draft import MtpDraft as _MtpDraft
+from .gguf_file import check_pair as _check_pair
 from .mtp import MtpDrafter as _MtpDrafter
 from .settings import current as _current
 from .speculative import CommonSpeculative as _CommonSpeculative
@@ -49,6 +53,7 @@ def adopt(library: _engine.Library) -> None:
     if hasattr(llama, "_ds4_mtp_adopted"):
         return
     llama._ds4_mtp_adopted = True
+    _find_libraries_here_too()
 
     context_type: _t.Any = _internals.LlamaContext
     original_context_init = context_type.__init__
@@ -61,6 +66,18 @@ def adopt(library: _engine.Library) -> None:
         original_context_init(self, model=model, params=params, verbose=verbose)
 
     context_type.__init__ = context_init
+
+    original_seq_rm = context_type.kv_cache_seq_rm
+
+    @_functools.wraps(original_seq_rm)
+    def kv_cache_seq_rm(self: _t.Any, seq_id: int, p0: int, p1: int) -> bool:
+        # Snapshots are for our own rollbacks. The host asks in order to keep a prompt's beginning; without a draft
+        # the engine refuses that, and evaluating less than a plain run does would round otherwise than it.
+        if self.__dict__.get("_ds4_mtp") and 0 < p0 <= _pos_max(self, seq_id):
+            return False
+        return bool(original_seq_rm(self, seq_id, p0, p1))
+
+    context_type.kv_cache_seq_rm = kv_cache_seq_rm
 
     original_init = llama.__init__
     signature = _inspect.signature(original_init)
@@ -77,6 +94,9 @@ def adopt(library: _engine.Library) -> None:
         bound.arguments["draft_model"] = None
         why_off = _why_off(bound.arguments)
         disabled = _current().disable
+        if not (why_off or disabled) and _os.path.exists(bound.arguments["model_path"]):
+            # Before the host loads the model: a pair that does not fit may cost minutes, or end the process.
+            _check_pair(bound.arguments["model_path"], draft.model_path)
         token = _draft_in_scope.set(None if why_off or disabled else draft)
         try:
             original_init(*bound.args, **bound.kwargs)
@@ -95,6 +115,7 @@ def adopt(library: _engine.Library) -> None:
             raise
         if session is not None:
             self._ds4_mtp = session
+            self._ctx._ds4_mtp = True
 
     llama.__init__ = init
 
@@ -113,6 +134,24 @@ def adopt(library: _engine.Library) -> None:
 
     for name in ("_create_completion", "generate", "eval", "sample", "reset", "save_state", "load_state"):
         wrap(name)
+
+
+def _pos_max(context: _t.Any, seq_id: int) -> int:
+    return int(_llama_cpp.llama_memory_seq_pos_max(context.memory, max(seq_id, 0)))
+
+
+def _find_libraries_here_too() -> None:
+    """The host's modules that load a library of their own (libggml, libmtmd) find ours where the host has none."""
+    original = _ctypes_extensions.load_shared_library
+
+    @_functools.wraps(original)
+    def load_shared_library(lib_base_name: str, base_path: _pathlib.Path) -> _t.Any:
+        try:
+            return original(lib_base_name, base_path)
+        except FileNotFoundError:
+            return original(lib_base_name, _pathlib.Path(library_path()).parent)
+
+    _ctypes_extensions.load_shared_library = load_shared_library
 
 
 def _why_off(arguments: _t.Mapping[str, _t.Any]) -> str | None:
@@ -271,7 +310,9 @@ class _Session:
             self._spec.counters.plain += 1
         else:
             self.settle()
-        self._eval_plain(host_eval, tokens)
+        if len(tokens):
+            self._eval_plain(host_eval, tokens)
+        # Nothing to evaluate: a prompt that is there to its last token, whose row of logits stays the one it is.
 
     def sample(self, host_sample: _t.Callable[..., int], *args: _t.Any, **kwargs: _t.Any) -> int:
         n_tokens = self._llama.n_tokens

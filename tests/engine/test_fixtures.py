@@ -2,78 +2,34 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import llama_cpp
-import llama_cpp.llama_cpp as lib
-import llama_cpp.llama_cpp_ext as ext
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from tests.fixtures.ds4_gguf import Ds4Config, byte_vocab, mtp_shapes, trunk_shapes, write_gguf
 from tests.fixtures.planted import BY_CONTEXT, DECOYS, EOS, TINY, Planted, planted
+from tests.fixtures.row_engine import RowEngine
 
 F32 = npt.NDArray[np.float32]
-
-
-class Context:
-    """A model and a context that returns logits and hidden rows of every token decoded."""
-
-    def __init__(self, path: Path, *, mtp: bool = False) -> None:
-        model_params = lib.llama_model_default_params()
-        model_params.load_mtp = mtp
-        self.model = lib.llama_model_load_from_file(str(path).encode(), model_params)
-        assert self.model is not None
-        params = lib.llama_context_default_params()
-        params.n_ctx, params.n_batch = 1024, 1024
-        params.n_threads = params.n_threads_batch = 1
-        params.ctx_type = 1 if mtp else 0  # LLAMA_CONTEXT_TYPE_MTP
-        self.ctx = lib.llama_init_from_model(self.model, params)
-        assert self.ctx is not None
-        ext.llama_set_embeddings_nextn(self.ctx, True, mtp)
-        # The engine must plan its memory anew, or the trunk's hidden rows are overwritten before they are
-        # read. Turning on hidden rows alone does not make it; dropping a control vector does.
-        lib.llama_set_adapter_cvec(self.ctx, None, 0, 0, 0, 0)
-        self.n_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
-        self.hc_dim = lib.llama_model_n_embd_out(self.model)
-
-    def decode(self, tokens: list[int], start: int, hidden: F32 | None = None) -> tuple[F32, F32]:
-        """Decode on empty memory from position ``start``: logits [n, n_vocab], hidden rows [n, hc_dim]."""
-        lib.llama_memory_clear(lib.llama_get_memory(self.ctx), True)
-        n = len(tokens)
-        batch = lib.llama_batch_init(n, 0, 1)
-        batch.n_tokens = n
-        for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.logits[i] = token, start + i, 1
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-        if hidden is not None:
-            hidden = np.ascontiguousarray(hidden, np.float32)
-            batch.embd = hidden.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        status = lib.llama_decode(self.ctx, batch)
-        batch.embd = None
-        lib.llama_batch_free(batch)
-        assert status == 0
-
-        def rows(get: Callable[[Any, int], Any], width: int) -> F32:
-            return np.stack([np.ctypeslib.as_array(get(self.ctx, i), (width,)).copy() for i in range(n)])
-
-        return rows(lib.llama_get_logits_ith, self.n_vocab), rows(
-            ext.llama_get_embeddings_nextn_ith, self.hc_dim
-        )
-
-    def close(self) -> None:
-        lib.llama_free(self.ctx)
-        lib.llama_model_free(self.model)
 
 
 @pytest.fixture(scope="session")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("planted")
+
+
+class Context(RowEngine):
+    """Decodes on empty memory."""
+
+    def decode(self, tokens: Any, pos: int = 0, hidden: Any = None) -> tuple[F32, F32]:
+        self.remove(0)
+        return super().decode(tokens, pos, hidden)
 
 
 @pytest.fixture
@@ -203,9 +159,7 @@ def test_drafts_are_right_where_planned(
     assert not set(DECOYS) & set(model.walk)
 
 
-def test_a_draft_needs_the_hidden_row_before_its_token(
-    directory: Path, context: Callable[..., Context]
-) -> None:
+def test_a_draft_needs_the_hidden_row_before_its_token(directory: Path, context: Callable[..., Context]) -> None:
     model = planted(directory)
     text = model.follow(int(model.cycle[0]), 300)
     hidden = context(model.trunk).decode(text, 0)[1]
@@ -218,8 +172,8 @@ def test_a_draft_needs_the_hidden_row_before_its_token(
 
 def test_only_the_mtp_file_has_a_nextn_layer(directory: Path, context: Callable[..., Context]) -> None:
     model = planted(directory)
-    assert lib.llama_model_n_layer_nextn(context(model.trunk).model) == 0
-    assert lib.llama_model_n_layer_nextn(context(model.mtp, mtp=True).model) == 1
+    assert context(model.trunk)._context.n_layer_nextn == 0
+    assert context(model.mtp, mtp=True)._context.n_layer_nextn == 1
 
 
 # The files
@@ -287,9 +241,7 @@ def test_rows_that_no_block_divides_are_f16(tmp_path: Path) -> None:
 
 def test_metadata_is_the_config_and_what_is_added(tmp_path: Path) -> None:
     cfg = Ds4Config(compress_ratios=(0, 4), yarn_factor=2.0)
-    write_gguf(
-        tmp_path / "x.gguf", cfg, zeros(mtp_shapes(cfg)), part="mtp", name="n", general={"license": "x"}
-    )
+    write_gguf(tmp_path / "x.gguf", cfg, zeros(mtp_shapes(cfg)), part="mtp", name="n", general={"license": "x"})
     fields = gguf.GGUFReader(tmp_path / "x.gguf").fields
     read = {name: field.contents() for name, field in fields.items()}
     assert read["general.name"] == "n"

@@ -8,8 +8,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-pytest.importorskip("llama_cpp")
-
 from tests.reference.parity import (
     CASES,
     GOLDEN,

@@ -10,7 +10,6 @@ Weights are random, drawn by numpy alone, and scaled so that every part matters 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tests.fixtures.ds4_gguf import Ds4Config, mtp_shapes, trunk_shapes, write_gguf
+from tests.fixtures.row_engine import RowEngine
 
 Array = npt.NDArray[Any]
 
@@ -127,103 +127,6 @@ def random_tokens(cfg: Ds4Config, n: int, seed: int) -> Array:
     return np.random.RandomState(seed).randint(0, cfg.n_vocab, n).astype(np.int32)
 
 
-# -- engine -----------------------------------------------------------------------------------------------------------
-
-
-class Engine:
-    """One context of the engine, through the host's ctypes bindings: rows in, logits and hidden rows out.
-
-    ``mtp`` makes it an MTP context; ``f32`` keeps the caches in float32 (else float16). Raises RuntimeError if the
-    engine refuses the file, the context or a batch.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        cfg: Ds4Config,
-        *,
-        mtp: bool = False,
-        flash: bool = False,
-        f32: bool = True,
-        n_ctx: int = 1024,
-        n_batch: int = 1024,
-        n_ubatch: int = 1024,
-        n_rs_seq: int = 0,
-    ) -> None:
-        import llama_cpp.llama_cpp as c
-        import llama_cpp.llama_cpp_ext as ext
-
-        self._c, self._ext, self.cfg, self.n_batch = c, ext, cfg, n_batch
-        self._quiet = c.llama_log_callback(lambda level, text, data: None)
-        c.llama_log_set(self._quiet, ctypes.c_void_p(0))
-        c.llama_backend_init()
-        model = c.llama_model_default_params()
-        model.load_mtp, model.n_gpu_layers = mtp, 0
-        self._model = c.llama_model_load_from_file(str(path).encode(), model)
-        if not self._model:
-            raise RuntimeError(f"the engine does not load {path}")
-        params = c.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_batch, n_ubatch
-        params.n_outputs_max, params.n_rs_seq = n_batch, n_rs_seq
-        params.n_threads = params.n_threads_batch = 1  # the models are tiny: threads would only wait
-        params.ctx_type = c.LLAMA_CONTEXT_TYPE_MTP if mtp else c.LLAMA_CONTEXT_TYPE_DEFAULT
-        params.type_k = params.type_v = c.GGML_TYPE_F32 if f32 else c.GGML_TYPE_F16
-        params.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else c.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self._ctx = c.llama_init_from_model(self._model, params)
-        if not self._ctx:
-            raise RuntimeError("the engine makes no context")
-        ext.llama_set_embeddings_nextn(self._ctx, True, mtp)
-        # That call leaves the graph's memory plan as it was, in which the hidden rows are scratch: they may come back
-        # overwritten by the logits. Setting a control vector, even none, makes the engine plan anew.
-        c.llama_set_adapter_cvec(self._ctx, None, 0, 0, 0, 0)
-
-    def decode(self, tokens: Array, pos: int = 0, hidden: Array | None = None) -> tuple[Array, Array]:
-        """(logits [n, n_vocab], hidden rows [n, hc_dim]) of n tokens at positions pos .., n_batch at a time.
-
-        ``hidden`` are the rows that an MTP context takes beside the tokens.
-        """
-        c, n = self._c, len(tokens)
-        logits = np.empty((n, self.cfg.n_vocab), np.float32)
-        rows = np.empty((n, self.cfg.hc_dim), np.float32)
-        seq = (c.llama_seq_id * 1)(0)
-        for at in range(0, n, self.n_batch):
-            m = min(self.n_batch, n - at)
-            batch = c.llama_batch()
-            batch.n_tokens = m
-            batch.token = (c.llama_token * m)(*tokens[at : at + m].tolist())
-            batch.pos = (c.llama_pos * m)(*range(pos + at, pos + at + m))
-            batch.n_seq_id = (ctypes.c_int32 * m)(*[1] * m)
-            batch.seq_id = (ctypes.POINTER(c.llama_seq_id) * m)(*[seq] * m)
-            batch.logits = (ctypes.c_int8 * m)(*[1] * m)
-            if hidden is not None:
-                part = np.ascontiguousarray(hidden[at : at + m], np.float32)
-                batch.embd = part.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-            status = c.llama_decode(self._ctx, batch)
-            if status:
-                raise RuntimeError(f"llama_decode returned {status}")
-            for i in range(m):
-                logits[at + i] = np.ctypeslib.as_array(c.llama_get_logits_ith(self._ctx, i), (self.cfg.n_vocab,))
-                rows[at + i] = np.ctypeslib.as_array(
-                    self._ext.llama_get_embeddings_nextn_ith(self._ctx, i), (self.cfg.hc_dim,)
-                )
-        return logits, rows
-
-    def remove(self, pos: int) -> None:
-        """Forget positions pos and later. Raises RuntimeError if the engine cannot."""
-        if not self._c.llama_memory_seq_rm(self._c.llama_get_memory(self._ctx), 0, pos, -1):
-            raise RuntimeError(f"the engine cannot remove from position {pos}")
-
-    def close(self) -> None:
-        self._c.llama_free(self._ctx)
-        self._c.llama_model_free(self._model)
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
 # -- comparison -------------------------------------------------------------------------------------------------------
 
 
@@ -278,14 +181,14 @@ def engine_rows(
     anchors: tuple[int, ...] = ANCHORS,
 ) -> Rows:
     """The engine's side. ``hidden`` are the rows that the MTP block is fed; the engine's own by default."""
-    kind = dict(flash=mode.flash, f32=mode.f32, n_batch=mode.n_batch, n_ubatch=mode.n_ubatch)
-    with Engine(trunk, cfg, **kind) as engine:  # type: ignore[arg-type]
+    kind: dict[str, Any] = dict(flash=mode.flash, f32=mode.f32, n_batch=mode.n_batch, n_ubatch=mode.n_ubatch)
+    with RowEngine(trunk, **kind) as engine:
         logits, own = engine.decode(tokens)
     fed = own if hidden is None else hidden
-    with Engine(mtp, cfg, mtp=True, **kind) as engine:  # type: ignore[arg-type]
+    with RowEngine(mtp, mtp=True, **kind) as engine:
         mtp_logits, mtp_hidden = engine.decode(tokens[1:], 1, fed[:-1])
     steps = []
-    with Engine(mtp, cfg, mtp=True, **kind) as engine:  # type: ignore[arg-type]
+    with RowEngine(mtp, mtp=True, **kind) as engine:
         at = 1
         for p in anchors:
             out = engine.decode(tokens[at : p + 1], at, fed[at - 1 : p])[1]
