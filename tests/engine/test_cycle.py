@@ -165,11 +165,15 @@ def test_drafts_of_the_window_are_those_of_the_whole_prompt(pair: Callable[..., 
 
 
 def test_the_heads_memory_does_not_grow(pair: Callable[..., Pair]) -> None:
-    """Far past its own n_ctx, drafting goes on as right as ever."""
+    """Far past its own n_ctx, drafting goes on as right as ever, and the newest pair sees a whole window."""
     p = pair(2, acceptance=1.0)
     first = int(p.planted.cycle[0])
     id_last = p.prompt([first])
-    text = list(p.greedy(id_last, 1, 1500))
+    text = []
+    for token in p.greedy(id_last, 1, 1500):
+        text.append(token)
+        held = p.drafter._sequences[0]
+        assert held.kv_lo <= max(1, held.kv_hi - WINDOW)
     assert text == p.planted.follow(id_last, len(text))
     stats = p.spec.stats()
     assert stats.accepted == stats.proposed
@@ -236,3 +240,32 @@ def test_limits_are_checked(pair: Callable[..., Pair]) -> None:
     p.target.seq_rm(0, -1)
     p.prompt([300] * 510)
     assert len(p.spec.draft(0, 510, 300, 2)) == 1
+
+
+def test_rows_shown_one_by_one_are_those_shown_at_once(pair: Callable[..., Pair]) -> None:
+    """More rows than a window, without a draft on the way: the ring holds the newest of them."""
+    text = np.random.default_rng(3).integers(260, 500, 301).tolist()
+    found = []
+    for step in (300, 1):
+        p = pair(2, **BY_CONTEXT)
+        rows = np.random.default_rng(4).standard_normal((300, p.target.n_embd_out)).astype(np.float32)
+        for i in range(0, 300, step):
+            p.spec.process(0, i, text[i : min(300, i + step)], rows[i : i + step])
+        drafts = p.spec.draft(0, 300, text[300], 2)
+        found.append((drafts, p.decodes()[1], p.head.logits().tolist()))
+    assert found[0] == found[1]
+    assert found[0][1] == [WINDOW, 1]
+
+
+def test_behind_a_gap_only_what_follows_it_is_used(pair: Callable[..., Pair]) -> None:
+    """Rows that someone else decoded have no hidden rows here; what lies before them is not joined to what follows."""
+    p = pair(1)
+    rows = np.ones((3, p.target.n_embd_out), np.float32)
+    p.spec.process(0, 0, [300, 301, 302], rows)
+    p.spec.process(0, 7, [310, 311], rows[:2])
+    p.spec.draft(0, 9, 312, 1)
+    assert p.decodes()[1] == [2]  # the pairs of positions 8 and 9
+    p.spec.process(0, 20, [320], rows[:1])
+    p.spec.draft(0, 21, 321, 1)
+    assert p.decodes()[1] == [1]  # and the head's memory starts anew as well
+    assert p.head.seq_pos_max(0) == 21
