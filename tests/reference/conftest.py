@@ -1,1 +1,1 @@
-import ds4_mtp_plugin  # noqa: F401  (before the host)
+from tests.models import llama, plant  # noqa: F401
