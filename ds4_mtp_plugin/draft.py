@@ -12,6 +12,7 @@ import numpy.typing as _npt
 from llama_cpp.llama_speculative import LlamaDraftModel as _LlamaDraftModel
 
 from .depth import Gate as _Gate
+from .gguf_file import check_head as _check_head
 from .settings import current as _current
 from .stats import MtpStats as _MtpStats
 
@@ -63,7 +64,9 @@ class MtpDraft(_LlamaDraftModel):  # type: ignore[misc, unused-ignore]
 
         Raises:
             FileNotFoundError: there is no file `model_path`.
-            ValueError: an option is out of range. (The file's content is checked when a Llama takes the draft.)
+            PermissionError: it may not be read.
+            ValueError: an option is out of range, or the file's header is not that of an MTP GGUF. (Whether it belongs
+                to a model is checked when a Llama takes the draft, before that loads anything.)
         """
         path = _pathlib.Path(model_path)
         if not path.is_file():
@@ -75,6 +78,7 @@ class MtpDraft(_LlamaDraftModel):  # type: ignore[misc, unused-ignore]
             raise ValueError(f"MtpDraft: p_min is {p_min}, expected a probability, 0 to 1")
         if margin is not None and not margin >= 0:
             raise ValueError(f"MtpDraft: margin is {margin}, expected 0 or more")
+        _check_head(path)
         self.model_path = str(path)
         self.num_pred_tokens = num_pred_tokens
         self.p_min = p_min

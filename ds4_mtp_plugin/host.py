@@ -96,6 +96,7 @@ def adopt(library: _engine.Library) -> None:
         disabled = _current().disable
         if not (why_off or disabled) and _os.path.exists(bound.arguments["model_path"]):
             # Before the host loads the model: a pair that does not fit may cost minutes, or end the process.
+            self.__dict__.setdefault("_stack", _contextlib.ExitStack())  # the host's __del__ closes it
             _check_pair(bound.arguments["model_path"], draft.model_path)
         token = _draft_in_scope.set(None if why_off or disabled else draft)
         try:
