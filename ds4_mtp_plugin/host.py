@@ -301,6 +301,8 @@ class _Session:
             self.settle()
 
     def eval(self, host_eval: _t.Callable[..., None], tokens: _t.Sequence[int]) -> None:
+        if self._closed():
+            raise RuntimeError("the Llama is closed")  # the engine would not survive being asked
         if self._in_loop and self._active and len(tokens) == 1:
             token = int(tokens[0])
             if self._advance(token):
@@ -316,6 +318,8 @@ class _Session:
         # Nothing to evaluate: a prompt that is there to its last token, whose row of logits stays the one it is.
 
     def sample(self, host_sample: _t.Callable[..., int], *args: _t.Any, **kwargs: _t.Any) -> int:
+        if self._closed():
+            raise RuntimeError("the Llama is closed")
         n_tokens = self._llama.n_tokens
         if self._row is not None and kwargs.get("idx") in (None, n_tokens - 1):
             row, n_rows = self._row
@@ -368,8 +372,8 @@ class _Session:
 
     def settle(self) -> None:
         """Take rows that nobody asked for out of the engine's memory: it then holds the Llama's tokens, no more."""
-        if self._draft._spec is not self._spec:
-            return  # the Llama was closed under a generation that is only now dropped
+        if self._closed():
+            return  # under a generation that is only now dropped
         if self._uncertain:
             self._reevaluate()
         if self._drafts is None:
@@ -381,6 +385,9 @@ class _Session:
         except _RollbackRefused as err:
             self._give_up(str(err))
             self._reevaluate()
+
+    def _closed(self) -> bool:
+        return self._draft._spec is not self._spec
 
     def _forget(self) -> None:
         self._drafts = self._row = None

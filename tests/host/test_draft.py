@@ -107,6 +107,17 @@ def test_a_generation_dropped_after_the_close_touches_nothing(llama: Make, plant
     generation.close()
 
 
+def test_a_generation_that_goes_on_after_the_close_is_an_error(llama: Make, plant: Plant) -> None:
+    """Not the end of the process, which it is without a draft."""
+    files = plant()
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))
+    generation = llm.generate([300], temp=0.0)
+    next(generation), next(generation)
+    llm.close()
+    with pytest.raises(RuntimeError, match="the Llama is closed"):
+        next(generation)
+
+
 def test_a_draft_pickles_as_its_options(plant: Plant) -> None:
     draft = MtpDraft(plant().mtp, num_pred_tokens=3, report=True)
     copy = pickle.loads(pickle.dumps(draft))
@@ -152,11 +163,15 @@ def test_a_failure_inside_is_told_once_and_changes_no_text(
     assert spec.stats().iters > before  # the next generation drafts again
 
 
-def test_an_interrupt_inside_a_verify_is_survived(llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["verify", "draft"])
+def test_an_interrupt_inside_a_cycle_is_survived(
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, where: str, recwarn: pytest.WarningsRecorder
+) -> None:
     files = plant(**BY_CONTEXT)
     llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=2))
     spec = llm._ds4_mtp._spec
-    decode, calls = spec.target.decode, 0
+    context = spec.target if where == "verify" else spec.drafter._context
+    decode, calls = context.decode, 0
 
     def interrupted(batch: engine.Batch) -> None:
         nonlocal calls
@@ -165,14 +180,17 @@ def test_an_interrupt_inside_a_verify_is_survived(llama: Make, plant: Plant, mon
         if calls == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(spec.target, "decode", interrupted)
+    monkeypatch.setattr(context, "decode", interrupted)
     prompt, tokens = [300, 301, 302], []
     with pytest.raises(KeyboardInterrupt):
         for token in llm.generate(prompt, temp=0.0):
             tokens.append(token)
-    assert len(tokens) > 4
+    assert len(tokens) > 2
     longer = prompt + tokens
+    before = spec.stats().accepted
     assert generate(llm, longer, 100) == generate(llama(files.trunk), longer, 100)
+    assert spec.stats().accepted > before
+    assert not [warning for warning in recwarn if "MtpDraft" in str(warning.message)]  # nothing failed on the way
 
 
 def test_an_app_may_take_the_draft_away_and_put_it_back(llama: Make, plant: Plant) -> None:

@@ -126,6 +126,18 @@ def test_a_chat_that_repeats_extends_and_edits_its_prompt(llama: Make, plant: Pl
     assert draft.stats.accepted > 10
 
 
+def test_the_host_is_granted_the_removals_that_it_is_granted_plainly(llama: Make, plant: Plant) -> None:
+    """The snapshots are for verifies; a prompt kept in part would be evaluated in other batches than a plain run's."""
+    files = plant()
+    granted = []
+    for options in ({}, {"draft_model": MtpDraft(files.mtp)}):
+        llm = llama(files.trunk, **options)
+        llm.eval([300, 301, 302, 303, 304])
+        granted.append([llm._ctx.kv_cache_seq_rm(-1, p0, -1) for p0 in (4, 3, 1, 5, 7, 0)])
+    assert granted[0] == granted[1] == [False, False, False, True, True, True]
+    assert llm._ds4_mtp._spec.target.seq_pos_max(0) == -1
+
+
 def test_a_cache_of_states_gives_the_same_answers(llama: Make, plant: Plant) -> None:
     files = plant(**BY_CONTEXT)
 
