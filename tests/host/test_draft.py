@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from llama_cpp import Llama
 
@@ -187,6 +188,17 @@ def test_an_interrupt_inside_a_cycle_is_survived(
             tokens.append(token)
     assert len(tokens) > 2
     longer = prompt + tokens
+    plain = llama(files.trunk)
+    plain.eval(prompt)
+    for token in tokens[:-1]:
+        plain.eval([token])
+    for each in (llm, plain):  # the token whose evaluation was interrupted, and one more
+        each.eval([tokens[-1], 400])
+    assert llm.n_tokens == plain.n_tokens
+    assert llm.sample(temp=0.0) == plain.sample(temp=0.0)
+    np.testing.assert_array_equal(
+        spec.target.logits(), np.ctypeslib.as_array(plain._ctx.get_logits(), (spec.target.n_vocab,))
+    )
     before = spec.stats().accepted
     assert generate(llm, longer, 100) == generate(llama(files.trunk), longer, 100)
     assert spec.stats().accepted > before

@@ -149,12 +149,14 @@ def test_a_state_saved_between_tokens_is_the_verified_one(llama: Make, plant: Pl
     llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))
     generation = llm.generate(prompt, temp=0.0)
     tokens = [next(generation) for _ in range(6)]
+    assert llm._ds4_mtp._drafts  # in the middle of a verify's rows
     state = llm.save_state()
     assert state.n_tokens == 55
     on = [next(generation) for _ in range(60)]  # saving does not disturb it
     generation.close()
     generate(llm, [300, 301], 5)
     llm.load_state(state)
+    assert llm._ds4_mtp._spec.target.seq_pos_max(0) == 54  # not a row more than the Llama's own
     assert generate(llm, prompt + tokens, 60) == on
     assert on == generate(llama(files.trunk), prompt + tokens, 60)
 
