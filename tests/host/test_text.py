@@ -148,15 +148,17 @@ def test_a_state_saved_between_tokens_is_the_verified_one(llama: Make, plant: Pl
     prompt = np.random.default_rng(8).integers(260, 500, 50).tolist()
     llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))
     generation = llm.generate(prompt, temp=0.0)
-    tokens = [next(generation) for _ in range(6)]
-    assert llm._ds4_mtp._drafts  # in the middle of a verify's rows
+    session, tokens = llm._ds4_mtp, [next(generation) for _ in range(6)]
+    while not session._drafts or session._row[0] == len(session._drafts):
+        tokens.append(next(generation))  # into the middle of a verify's rows
     state = llm.save_state()
-    assert state.n_tokens == 55
+    n_tokens = 50 + len(tokens) - 1
+    assert state.n_tokens == n_tokens
     on = [next(generation) for _ in range(60)]  # saving does not disturb it
     generation.close()
     generate(llm, [300, 301], 5)
     llm.load_state(state)
-    assert llm._ds4_mtp._spec.target.seq_pos_max(0) == 54  # not a row more than the Llama's own
+    assert session._spec.target.seq_pos_max(0) == n_tokens - 1  # not a row more than the Llama's own
     assert generate(llm, prompt + tokens, 60) == on
     assert on == generate(llama(files.trunk), prompt + tokens, 60)
 
@@ -223,3 +225,24 @@ def test_a_llama_without_a_draft_is_the_hosts_own(llama: Make, plant: Plant) -> 
     llm = llama(files.trunk)
     assert "_ds4_mtp" not in llm.__dict__
     assert llm.context_params.n_rs_seq == 0
+
+
+@pytest.mark.parametrize("by", ["reset", "load_state"])
+def test_hidden_rows_of_another_text_are_forgotten(llama: Make, plant: Plant, by: str) -> None:
+    """Behind a reset or a loaded state nothing is drafted from what was there before."""
+    files = plant(**BY_CONTEXT)
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))
+    llm.eval([320, 321, 322, 323])
+    state = llm.save_state()
+    generation = llm.generate([300, 301, 302, 303], temp=0.0)
+    session, tokens = llm._ds4_mtp, [next(generation) for _ in range(3)]
+    while not session._drafts or session._row[0] == len(session._drafts):
+        tokens.append(next(generation))
+    if by == "reset":
+        llm.reset()
+    else:
+        llm.load_state(state)
+    assert session._drafts is None
+    spec = session._spec
+    assert spec.target.seq_pos_max(0) == llm.n_tokens - 1
+    assert spec.draft(0, llm.n_tokens, 300, 2) == spec.draft(0, 4, 300, 2) == []
