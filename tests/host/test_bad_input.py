@@ -1,0 +1,166 @@
+"""Files and options that do not fit: the plain text or one clear error, and never the end of the process.
+
+Each runs in a process of its own: what is guarded against ends it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ds4_mtp_plugin import MtpDraft
+from tests.fixtures import ds4_gguf
+from tests.fixtures.planted import BY_CONTEXT, TINY, Planted
+
+Plant = Callable[..., Planted]
+
+RUN = """
+import json, sys
+case = json.loads(sys.argv[1])
+from ds4_mtp_plugin import MtpDraft
+import llama_cpp._internals as internals
+from llama_cpp import Llama
+
+load = internals.LlamaModel.__init__
+def loading(*args, **kwargs):
+    print("the model is loaded", flush=True)
+    load(*args, **kwargs)
+internals.LlamaModel.__init__ = loading
+
+def text(draft):
+    options = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1, "verbose": False, **case["options"]}
+    llm = Llama(case["base"], draft_model=draft, **options)
+    tokens, error = [], None
+    try:
+        for token in llm.generate(case["prompt"], temp=0.0):
+            tokens.append(token)
+            if len(tokens) == case["n"]:
+                break
+    except Exception as err:
+        error = repr(err)
+    llm.close()
+    return tokens, error
+
+if case["head"]:
+    draft = MtpDraft(case["head"], num_pred_tokens=case["num_pred_tokens"])
+    result = text(draft)
+    print(json.dumps([*result, draft.stats.depth, draft.stats.accepted]))
+else:
+    print(json.dumps(text(None)))
+"""
+
+
+def run(
+    base: Path, head: Path | None, prompt: list[int], *, n: int = 60, num_pred_tokens: int = 2, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    case = {"base": str(base), "head": head and str(head), "prompt": prompt, "n": n, "options": options}
+    argv = [sys.executable, "-c", RUN, json.dumps({**case, "num_pred_tokens": num_pred_tokens})]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=300)
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> Any:
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("options", "depth"),
+    [
+        ({"n_batch": 1}, 0),
+        ({"n_ubatch": 1}, 0),
+        ({"n_batch": 1, "n_ubatch": 1, "n_ctx": 64}, 0),
+        ({"n_ctx": 64}, 2),
+        ({"n_ctx": 64, "num_pred_tokens": 16}, 16),
+        ({"num_pred_tokens": 16}, 16),
+        ({"num_pred_tokens": 1000}, 16),
+        ({"num_pred_tokens": 1000, "n_batch": 5, "n_ubatch": 3}, 2),
+    ],
+    ids=str,
+)
+def test_odd_sizes_give_the_plain_text(plant: Plant, options: dict[str, int], depth: int) -> None:
+    files = plant(**BY_CONTEXT)
+    prompt = np.random.default_rng(1).integers(260, 500, 20).tolist()
+    plain_options = {key: value for key, value in options.items() if key != "num_pred_tokens"}
+    plain = last_line(run(files.trunk, None, prompt, n=100, **plain_options))
+    tokens, error, found_depth, accepted = last_line(run(files.trunk, files.mtp, prompt, n=100, **options))
+    assert [tokens, error] == plain
+    assert len(tokens) > 40  # with a context of 64 both end in the same error, behind it
+    assert (found_depth, accepted > 0) == (depth, depth > 0)
+
+
+class Unchecked(ds4_gguf.Ds4Config):
+    def __post_init__(self) -> None:
+        pass
+
+
+def model(folder: Path, **change: Any) -> tuple[Path, Path]:
+    """Trunk and head of a shape that the engine aborts on."""
+    config = Unchecked(**{**dataclasses.asdict(TINY), **change})
+    paths = folder / "trunk.gguf", folder / "head.gguf"
+    for path, part, shapes in (
+        (paths[0], "trunk", ds4_gguf.trunk_shapes(config)),
+        (paths[1], "mtp", ds4_gguf.mtp_shapes(config)),
+    ):
+        tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        ds4_gguf.write_gguf(path, config, tensors, part=part)  # type: ignore[arg-type]
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"compress_ratios": (0, 128)}, "trunk.gguf: no layer has a compress ratio of 4"),
+        ({"head_dim": 64, "indexer_head_dim": 64}, "head.gguf: attention.key_length and attention.indexer.key_length"),
+        ({"hc_mult": 2}, "trunk.gguf has 2 hyper-connection streams"),
+    ],
+    ids=["ratio", "key_length", "streams"],
+)
+def test_shapes_that_end_the_process_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    base, head = model(tmp_path, **change)
+    refused(run(base, head, [300]), message)
+
+
+def refused(done: subprocess.CompletedProcess[str], message: str) -> None:
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "ValueError: " in done.stderr.splitlines()[-1]
+    assert message in done.stderr.splitlines()[-1]
+    assert "loaded" not in done.stdout
+    assert "ignored" not in done.stderr  # what Python says of a failing __del__
+
+
+def test_files_that_do_not_fit_are_refused_before_the_model_is_loaded(plant: Plant, tmp_path: Path) -> None:
+    files = plant()
+    other = plant(config=dataclasses.replace(TINY, n_vocab=640))
+    refused(run(files.trunk, other.mtp, [300]), "vocabulary 640, expected 512")
+    refused(run(files.mtp, files.mtp, [300]), "is an MTP head; expected the model")
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(files.trunk.read_bytes()[:-1000])
+    refused(run(cut, files.mtp, [300]), "cut.gguf is cut off")
+
+
+def test_the_host_speaks_for_itself_of_a_model_that_is_not_there(plant: Plant) -> None:
+    done = run(Path("none.gguf"), plant().mtp, [300])
+    assert done.stderr.splitlines()[-1] == "ValueError: Model path does not exist: none.gguf"
+
+
+def test_a_disabled_draft_asks_nothing_of_the_model(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS4_MTP_SPEC_DISABLE", "1")
+    done = run(plant().trunk, plant(config=dataclasses.replace(TINY, n_vocab=640)).mtp, [300], n=5)
+    assert len(last_line(done)[0]) == 5
+
+
+def test_a_draft_is_not_made_of_a_file_that_is_no_head(plant: Plant, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no MTP .NextN. block"):
+        MtpDraft(plant().trunk)
+    page = tmp_path / "page.gguf"
+    page.write_text("<!DOCTYPE html><title>404</title>")
+    with pytest.raises(ValueError, match="page.gguf is a web page"):
+        MtpDraft(page)
