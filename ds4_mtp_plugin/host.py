@@ -299,6 +299,7 @@ class _Session:
         finally:
             tokens.close()
             self.settle()
+            self._active = True
 
     def eval(self, host_eval: _t.Callable[..., None], tokens: _t.Sequence[int]) -> None:
         if self._closed():
@@ -479,7 +480,6 @@ class _Session:
     def _give_up(self, why: str) -> None:
         """Decode plainly for the rest of this generation. The app is told once."""
         self._active = False
-        self._spec.begin(_SEQ)
         if not self._warned:
             self._warned = True
             _warnings.warn(f"MtpDraft: decoding plainly: {why}", RuntimeWarning, stacklevel=2)
