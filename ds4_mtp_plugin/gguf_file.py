@@ -247,6 +247,31 @@ def check_head(path: Path) -> Model:
     return head
 
 
+def check_base(path: Path) -> Model:
+    """Whether `path` is a model that the engine can run and draft for.
+
+    Raises:
+        FileNotFoundError, PermissionError: as `read_header`.
+        ValueError: it is not; the message says what was found and expected.
+    """
+    base = read_model(path)
+    if base.kind not in (TRUNK, TRUNK_AND_HEAD):
+        raise ValueError(f"{path} is {base.kind}; expected the model that an MTP head belongs to")
+    if base.architecture not in _ARCHITECTURES:
+        raise ValueError(
+            f"{path} is of architecture {base.architecture!r}; expected DeepSeek-V4's ('deepseek4'), the only one that "
+            "this plugin drafts for"
+        )
+    if base.n_hc != 4:
+        raise ValueError(f"{path} has {base.n_hc} hyper-connection streams; expected 4, or the engine aborts")
+    if 4 not in base.ratios[: base.n_layer]:
+        raise ValueError(
+            f"{path}: no layer has a compress ratio of 4 ({list(base.ratios)}), which makes the engine divide by "
+            "zero; expected a DeepSeek-V4 model, where every second layer has"
+        )
+    return base
+
+
 def check_pair(base_path: Path, head_path: Path) -> tuple[Model, Model]:
     """Whether the MTP head `head_path` goes on top of the model `base_path`, and the engine can run both.
 
@@ -254,14 +279,7 @@ def check_pair(base_path: Path, head_path: Path) -> tuple[Model, Model]:
         FileNotFoundError, PermissionError: as `read_header`.
         ValueError: it does not, or the engine cannot; the message names the file, what was found and expected.
     """
-    base, head = read_model(base_path), check_head(head_path)
-    if base.kind not in (TRUNK, TRUNK_AND_HEAD):
-        raise ValueError(f"{base_path} is {base.kind}; expected the model that {head_path} belongs to")
-    if base.architecture != head.architecture:
-        raise ValueError(
-            f"{base_path} is of architecture {base.architecture!r}; expected {head.architecture!r}, the architecture "
-            f"of {head_path}"
-        )
+    base, head = check_base(base_path), check_head(head_path)
     differences = [
         f"{what} {getattr(head, name)}, expected {getattr(base, name)}"
         for name, what in (
@@ -279,13 +297,6 @@ def check_pair(base_path: Path, head_path: Path) -> tuple[Model, Model]:
         raise ValueError(
             f"{head_path} does not belong to {base_path}: {'; '.join(differences)}. Take the MTP GGUF that was "
             "converted from the same checkpoint"
-        )
-    if base.n_hc != 4:
-        raise ValueError(f"{base_path} has {base.n_hc} hyper-connection streams; expected 4, or the engine aborts")
-    if 4 not in base.ratios[: base.n_layer]:
-        raise ValueError(
-            f"{base_path}: no layer has a compress ratio of 4 ({list(base.ratios)}), which makes the engine divide by "
-            "zero; expected a DeepSeek-V4 model, where every second layer has"
         )
     return base, head
 

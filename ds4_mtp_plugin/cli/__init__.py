@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import argparse as _argparse
+import importlib as _importlib
 import sys as _sys
 import typing as _t
+
+import ds4_mtp_plugin as _package
+
+# These work where the rest of the package does not.
+_MENDING = ("doctor", "install_engine")
+_VERBS = ("demo", "run", *_MENDING)
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_DIFFERS = 0, 1, 2, 3
 
@@ -24,15 +31,17 @@ def main(argv: _t.Sequence[str] | None = None) -> int:
         epilog=_EPILOG,
         formatter_class=_argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_package.__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    from . import demo as _demo
-    from . import run as _run
-
-    for verb in (_demo, _run):
+    argv = _sys.argv[1:] if argv is None else list(argv)
+    broken = _package._import_error
+    if broken is not None and not {name.replace("_", "-") for name in _MENDING}.intersection(argv[:1]):
+        print(f"ds4-mtp: {broken}\n('ds4-mtp doctor' shows what is installed)", file=_sys.stderr)
+        return EXIT_FAILED
+    for name in _VERBS if broken is None else _MENDING:
+        verb = _importlib.import_module(f".{name}", __name__)
         sub = verbs.add_parser(
-            verb.__name__.rpartition(".")[2],
+            name.replace("_", "-"),
             help=verb.HELP,
             description=verb.__doc__,
             epilog=_EPILOG,
@@ -48,9 +57,3 @@ def main(argv: _t.Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     except KeyboardInterrupt:
         return 130
-
-
-def _version() -> str:
-    from .. import __version__
-
-    return __version__

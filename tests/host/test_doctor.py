@@ -1,0 +1,180 @@
+"""ds4-mtp doctor: what is installed, what files are, and help where nothing else of the package works."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+import ds4_mtp_plugin
+from ds4_mtp_plugin import cli
+from ds4_mtp_plugin import host as plugin_host
+from ds4_mtp_plugin.engine import Library
+from tests.fixtures.planted import SMALL, Planted
+
+Plant = Callable[..., Planted]
+
+COMMAND = "import sys; sys.argv[0] = 'ds4-mtp'; from ds4_mtp_plugin.cli import main; sys.exit(main())"
+NO_HOST = """
+import sys, importlib.abc
+class No(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == {name!r}:
+            raise ModuleNotFoundError("No module named " + name, name=name)
+sys.meta_path.insert(0, No())
+"""
+
+
+def ds4_mtp(*argv: str, before: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    command = [sys.executable, "-c", before + COMMAND, *argv]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env})
+
+
+def test_what_is_installed_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    lines = {line[:18].strip(): line[19:] for line in out.splitlines()}
+    library = Library(plugin_host.library_path())
+    assert lines["python"].startswith("{}.{}.{}".format(*sys.version_info))
+    assert lines["ds4-mtp-plugin"].startswith(ds4_mtp_plugin.__version__)
+    for name in ("llama-cpp-python", "cffi", "numpy"):
+        assert lines[name].split()[0] == importlib.metadata.version(name)
+    assert lines["engine"] == library.path
+    assert (lines["patch set"], lines["llama.cpp"]) == (library.patchset, library.version)
+    assert "CPU" in lines["system"]
+    assert lines["libmtmd"]
+    assert out.endswith("all well\n")
+
+
+def test_a_library_for_images_is_found(tmp_path: Path) -> None:
+    assert f"libmtmd            not in {tmp_path}" in ds4_mtp("doctor", MTMD_CPP_LIB=str(tmp_path)).stdout
+    (tmp_path / "libmtmd.so").touch()
+    assert f"libmtmd            {tmp_path / 'libmtmd.so'}" in ds4_mtp("doctor", MTMD_CPP_LIB=str(tmp_path)).stdout
+
+
+def test_the_environment_is_said_and_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DS4_MTP_SPEC_DISABLE", "1")
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "DS4_MTP_SPEC_DISABLE 1" in out and "speculation is off" in out
+    monkeypatch.setenv("DS4_MTP_MIN_MARGIN", "wide")
+    assert cli.main(["doctor"]) == 1
+    assert "wrong: DS4_MTP_MIN_MARGIN is 'wide'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_model_and_its_head_are_told_in_any_order(
+    plant: Plant, capsys: pytest.CaptureFixture[str], order: int
+) -> None:
+    files = plant()
+    assert cli.main(["doctor", *[str(files.trunk), str(files.mtp)][::order]]) == 0
+    out = capsys.readouterr().out
+    assert f"{files.trunk}: a model of architecture deepseek4\n  4 layers\n  512 tokens in the vocabulary" in out
+    assert f"{files.mtp}: an MTP head of architecture deepseek4\n  on top of 4 layers" in out
+    assert "4 attention heads of 32" in out and "128 rows in the sliding window" in out and "mostly F32, " in out
+    assert f"{files.mtp} belongs to {files.trunk}\n\nall well" in out
+
+
+def test_one_file_alone_may_be_either(plant: Plant, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (plant().trunk, plant().mtp):
+        assert cli.main(["doctor", str(path)]) == 0
+        assert "belongs" not in capsys.readouterr().out
+
+
+def test_files_that_do_not_fit_are_wrong(plant: Plant, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files, other = plant(), plant(config=SMALL)
+    page = tmp_path / "page.gguf"
+    page.write_text("<html>")
+    dspark, qwen = tmp_path / "dspark.gguf", tmp_path / "qwen.gguf"
+    for path, architecture, name in (
+        (dspark, "dflash", "markov_w1.weight"),
+        (qwen, "qwen3", "blk.0.attn_norm.weight"),
+    ):
+        writer = gguf.GGUFWriter(path, architecture)
+        writer.add_tensor(name, np.zeros(32, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    for argv, why in (
+        ([files.trunk, other.mtp], f"wrong: {other.mtp} does not belong to {files.trunk}: vocabulary 2048"),
+        ([other.mtp, files.trunk], f"wrong: {other.mtp} does not belong to {files.trunk}: vocabulary 2048"),
+        ([files.trunk, files.trunk], f"wrong: {files.trunk} has no MTP (NextN) block"),
+        ([files.mtp, files.mtp], f"wrong: {files.mtp} is an MTP head; expected the model"),
+        ([page], f"wrong: {page} is a web page"),
+        ([files.mtp, page], f"wrong: {page} is a web page"),
+        ([dspark], f"wrong: {dspark} is a DSpark or DFlash head"),
+        ([files.trunk, dspark], f"wrong: {dspark} is a DSpark or DFlash head"),
+        ([qwen], f"wrong: {qwen} is of architecture 'qwen3'"),
+        ([tmp_path / "none.gguf"], f"wrong: {tmp_path / 'none.gguf'}: no such file"),
+    ):
+        assert cli.main(["doctor", *map(str, argv)]) == 1, argv
+        out = capsys.readouterr().out
+        assert out.count("wrong: ") == 1 and why in out and "all well" not in out
+
+
+def test_it_helps_without_a_library(tmp_path: Path, plant: Plant) -> None:
+    done = ds4_mtp("doctor", str(plant().mtp), LLAMA_CPP_LIB_PATH=str(tmp_path))
+    assert done.returncode == 1, done.stderr
+    assert f"engine             no libllama in {tmp_path}" in done.stdout
+    assert "an MTP head of architecture deepseek4" in done.stdout
+    assert f"wrong: llama_cpp could not load its library from {tmp_path}" in done.stdout
+
+
+def test_it_helps_with_another_engine(tmp_path: Path) -> None:
+    (tmp_path / "libllama.so").write_bytes(b"not a library")
+    done = ds4_mtp("doctor", LLAMA_CPP_LIB_PATH=str(tmp_path))
+    assert done.returncode == 1, done.stderr
+    assert f"engine             {tmp_path / 'libllama.so'}" in done.stdout
+    assert f"wrong: cannot open the engine {tmp_path / 'libllama.so'}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("llama_cpp", "wrong: ds4_mtp_plugin needs llama-cpp-python 0.3.36: pip install"),
+        ("cffi", "wrong: No module named cffi"),
+        ("numpy", "wrong: No module named numpy"),
+    ],
+)
+def test_it_helps_where_a_package_is_missing(name: str, message: str) -> None:
+    done = ds4_mtp("doctor", before=NO_HOST.format(name=name))
+    assert done.returncode == 1, done.stderr
+    assert message in done.stdout and "all well" not in done.stdout
+
+
+def test_it_helps_with_another_version_of_the_host() -> None:
+    done = ds4_mtp(
+        "doctor",
+        before="import importlib.metadata as m; real = m.version\n"
+        "m.version = lambda name: '0.3.16' if name == 'llama-cpp-python' else real(name)\n",
+    )
+    assert done.returncode == 1, done.stderr
+    assert "wrong: llama-cpp-python 0.3.16 is installed" in done.stdout
+    assert f"engine             {plugin_host.library_path()}" in done.stdout
+
+
+def test_other_verbs_say_it_in_a_line(tmp_path: Path) -> None:
+    done = ds4_mtp("demo", LLAMA_CPP_LIB_PATH=str(tmp_path))
+    assert done.returncode == 1
+    first, second = done.stderr.splitlines()
+    assert first.startswith("ds4-mtp: llama_cpp could not load its library") and "ds4-mtp doctor" in second
+
+
+def test_only_the_command_may_import_what_does_not_work(tmp_path: Path) -> None:
+    env = {**os.environ, "LLAMA_CPP_LIB_PATH": str(tmp_path)}
+    for argv0 in ("app.py", "", "ds4-mtp-app"):
+        code = f"import sys; sys.argv[0] = {argv0!r}; import ds4_mtp_plugin"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+        assert done.returncode == 1, argv0
+        assert done.stderr.splitlines()[-1].startswith("ImportError: llama_cpp could not load its library")
