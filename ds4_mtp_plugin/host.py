@@ -84,7 +84,8 @@ def adopt(library: _engine.Library) -> None:
 
     @_functools.wraps(original_init)
     def init(self: _t.Any, *args: _t.Any, **kwargs: _t.Any) -> None:
-        self.__dict__.pop("_ds4_mtp", None)  # __setstate__ and a second __init__ come through here too
+        if (before := self.__dict__.pop("_ds4_mtp", None)) is not None:  # a second __init__
+            before.close()
         bound = signature.bind(self, *args, **kwargs)
         draft = bound.arguments.get("draft_model")
         if not isinstance(draft, _MtpDraft):
@@ -164,8 +165,11 @@ def _why_off(arguments: _t.Mapping[str, _t.Any]) -> str | None:
 
 
 def _depth(draft: _MtpDraft, params: _t.Any) -> int:
-    """Drafts a cycle: a verify takes one row more in one micro-batch, or its rows could not be rolled back."""
-    return max(0, min(draft.num_pred_tokens, _MAX_PRED_TOKENS, int(params.n_batch) - 1, int(params.n_ubatch) - 1))
+    """Drafts a cycle. A verify takes one row more, and has to fit a micro-batch for its rows to be rolled back; one
+    row beyond that, because with n_ubatch == n_rs_seq + 1 the engine aborts where a batch finds no room
+    (src/llama-batch.cpp, split_equal) instead of refusing it."""
+    room = min(int(params.n_batch), int(params.n_ubatch)) - 2
+    return max(0, min(draft.num_pred_tokens, _MAX_PRED_TOKENS, room))
 
 
 def _open_session(library: _engine.Library, llama: _t.Any, draft: _MtpDraft) -> _Session | None:
@@ -180,11 +184,6 @@ def _open_session(library: _engine.Library, llama: _t.Any, draft: _MtpDraft) -> 
     if draft._spec is not None:
         raise ValueError("MtpDraft: this draft is in use by another Llama; give each Llama an MtpDraft of its own")
     target = _engine.Context(library, llama._ctx.ctx, owned=False)
-    if target.n_rs_seq < depth:
-        raise ValueError(
-            f"MtpDraft: {llama.model_path} is of architecture {target.metadata('general.architecture')!r}, whose "
-            "memory the engine cannot roll back; expected a DeepSeek-V4 model ('deepseek4')"
-        )
     model = _engine.Model(
         library,
         draft.model_path,
@@ -192,13 +191,13 @@ def _open_session(library: _engine.Library, llama: _t.Any, draft: _MtpDraft) -> 
         load_mtp=True,
         **({} if draft.n_gpu_layers is None else {"n_gpu_layers": _n_gpu_layers(draft.n_gpu_layers)}),
     )
-    try:
+    with _contextlib.ExitStack() as on_error:
+        on_error.callback(model.close)
         context = _mtp_context(model, target, llama, draft)
-    except BaseException:
-        model.close()
-        raise
-    drafter = _MtpDrafter(context, gate=draft._gate(), on_close=model.close)
-    draft._attach(_CommonSpeculative(target, drafter, n_draft=depth))
+        on_error.callback(context.close)
+        drafter = _MtpDrafter(context, gate=draft._gate(), on_close=model.close)
+        draft._attach(_CommonSpeculative(target, drafter, n_draft=depth))
+        on_error.pop_all()
     # The host's stack runs backwards: the head goes before the target.
     llama._stack.callback(draft._detach)
     return _Session(llama, draft)
@@ -209,38 +208,22 @@ def _n_gpu_layers(n: int) -> int:
 
 
 def _mtp_context(model: _engine.Model, target: _engine.Context, llama: _t.Any, draft: _MtpDraft) -> _engine.Context:
-    window = max(target.window, 1)
-    try:
-        context = model.new_context(
-            like=bytes(llama.context_params),
-            mtp=True,
-            # A window of rows a decode, and room for three windows, whatever the target's context length is.
-            n_ctx=3 * window,
-            n_batch=window,
-            n_ubatch=window,
-            n_seq_max=1,
-            n_rs_seq=0,
-            n_outputs_max=1,
-            n_outputs_max_per_seq=1,
-            swa_full=False,
-            embeddings=False,
-            n_threads=draft.n_threads or llama.n_threads,
-            n_threads_batch=draft.n_threads_batch or llama.n_threads_batch,
-        )
-    except ValueError:
-        raise ValueError(
-            f"MtpDraft: {draft.model_path} has no MTP (NextN) block to run; expected the MTP GGUF of "
-            f"{llama.model_path}, as 'convert_hf_to_gguf.py --mtp' writes it"
-        ) from None
-    theirs = (context.metadata("general.architecture"), context.n_vocab, context.n_embd, context.n_embd_out)
-    ours = (target.metadata("general.architecture"), target.n_vocab, target.n_embd, target.n_embd_out)
-    if theirs != ours or context.window != target.window:
-        context.close()
-        raise ValueError(
-            f"MtpDraft: {draft.model_path} does not belong to {llama.model_path}: its architecture, vocabulary, width "
-            f"and hidden row width are {theirs}, expected {ours}"
-        )
-    return context
+    """A window of rows a decode, and room for three windows, whatever the target's context length is."""
+    return model.new_context(
+        like=bytes(llama.context_params),
+        mtp=True,
+        n_ctx=3 * target.window,
+        n_batch=target.window,
+        n_ubatch=target.window,
+        n_seq_max=1,
+        n_rs_seq=0,
+        n_outputs_max=1,
+        n_outputs_max_per_seq=1,
+        swa_full=False,
+        embeddings=False,
+        n_threads=draft.n_threads or llama.n_threads,
+        n_threads_batch=draft.n_threads_batch or llama.n_threads_batch,
+    )
 
 
 class _Session:
@@ -255,13 +238,19 @@ class _Session:
         self._spec: _CommonSpeculative = draft._spec
         self._active = True
         self._warned = False
-        # Tokens that the app still wants of this generation, None while nobody has said.
-        self._budget: int | None = None
+        # Tokens that the app wants of the generation that begins next, and still wants of the one that runs; None
+        # where nobody has said.
+        self._wanted: int | None = None
+        self._remaining: int | None = None
+        # The host's generator of the generation begun last. One that is dropped later, perhaps by another thread
+        # while this one runs, has no say any more.
+        self._generation: object = None
         # The host's generation loop is running, as opposed to the app, which may evaluate between two tokens.
         self._in_loop = False
         # Drafts of the verify whose rows the loop is asking for, None when all rows in memory are the Llama's own.
         self._drafts: list[int] | None = None
-        # A verify was begun and not ended (an interrupt): what the engine's memory holds is not known.
+        # A step that changes both the engine's memory and our account of it was begun and not ended (an interrupt):
+        # what the memory holds is not known.
         self._uncertain = False
         # Of the last decode, the output row that is the Llama's last token, and how many there are; None while
         # that is the last one, as the host assumes.
@@ -274,18 +263,16 @@ class _Session:
     ) -> _t.Iterator[_t.Any]:
         # Only here does the host say how many tokens are wanted: no draft goes beyond them.
         max_tokens = kwargs.get("max_tokens")
-        self._budget = max_tokens if max_tokens is not None and max_tokens > 0 else None
-        try:
-            yield from host_create_completion(*args, **kwargs)
-        finally:
-            self._budget = None
+        self._wanted = max_tokens if max_tokens is not None and max_tokens > 0 else None
+        yield from host_create_completion(*args, **kwargs)
 
     def generate(
         self, host_generate: _t.Callable[..., _t.Any], *args: _t.Any, **kwargs: _t.Any
     ) -> _t.Generator[int, _t.Sequence[int] | None, None]:
         self.settle()
         self._active = self._llama.draft_model is self._draft  # an app may take the draft away, and put it back
-        tokens = host_generate(*args, **kwargs)
+        self._remaining, self._wanted = self._wanted, None
+        self._generation = tokens = host_generate(*args, **kwargs)
         sent: _t.Sequence[int] | None = None
         try:
             while True:
@@ -298,18 +285,19 @@ class _Session:
                 sent = yield token
         finally:
             tokens.close()
-            self.settle()
-            self._active = True
+            if self._generation is tokens:
+                self.settle()
+                self._active = True
 
     def eval(self, host_eval: _t.Callable[..., None], tokens: _t.Sequence[int]) -> None:
         if self._closed():
             raise RuntimeError("the Llama is closed")  # the engine would not survive being asked
-        if self._in_loop and self._active and len(tokens) == 1:
+        if self._in_loop and len(tokens) == 1:
             token = int(tokens[0])
             if self._advance(token):
                 return
             self.settle()
-            if self._speculate(token):
+            if self._active and self._speculate(token):
                 return
             self._spec.counters.plain += 1
         else:
@@ -336,9 +324,12 @@ class _Session:
         return host_save_state()
 
     def load_state(self, host_load_state: _t.Callable[..., None], state: _t.Any) -> None:
-        # Hidden rows are no part of a state: the draft is cold until a token is evaluated.
-        self._forget()
-        host_load_state(state)
+        self.settle()
+        try:
+            host_load_state(state)
+        finally:
+            self._spec.begin(_SEQ)  # hidden rows are no part of a state: cold until a token is evaluated
+        self._row = None
 
     # -- inside --
 
@@ -354,8 +345,8 @@ class _Session:
 
     def _chosen(self, token: int) -> None:
         """The host's sampler chose `token`: count it, and the draft for it if there was one."""
-        if self._budget is not None:
-            self._budget -= 1
+        if self._remaining is not None:
+            self._remaining -= 1
         if self._drafts is None:
             return
         assert self._row is not None
@@ -379,13 +370,17 @@ class _Session:
             self._reevaluate()
         if self._drafts is None:
             return
-        self._drafts = None
+        self._drafts, self._uncertain = None, True
         assert self._row is not None
         try:
             self._spec.accept(_SEQ, self._row[0])
         except _RollbackRefused as err:
-            self._give_up(str(err))
-            self._reevaluate()
+            self._give_up(str(err), reevaluate=True)
+        self._uncertain = False
+
+    def close(self) -> None:
+        """Free the head; the Llama is about to load another model."""
+        self._draft._detach()
 
     def _closed(self) -> bool:
         return self._draft._spec is not self._spec
@@ -411,12 +406,12 @@ class _Session:
         llama = self._llama
         n_past = llama.n_tokens
         room = len(llama.input_ids) - 1 - n_past
-        if self._budget is not None:
-            room = min(room, self._budget - 1)
+        if self._remaining is not None:
+            room = min(room, self._remaining - 1)
         try:
             drafts = self._spec.draft(_SEQ, n_past, token, room)
         except Exception as err:
-            self._give_up(f"drafting failed: {err}")
+            self._give_up(f"drafting failed: {err}", reevaluate=False)
             return False
         if not drafts:
             return False
@@ -425,24 +420,24 @@ class _Session:
             self._spec.verify(_SEQ, n_past, token, drafts)
         except Exception as err:
             # A decode that failed may have used up a pending rollback: nothing in memory can be relied on.
-            self._give_up(f"verifying failed: {err}")
-            self._reevaluate()
+            self._give_up(f"verifying failed: {err}", reevaluate=True)
             return False
         self._drafts = drafts
         self._commit(token, 0, len(drafts) + 1)
-        self._uncertain = False
         return True
 
     def _commit(self, token: int, row: int, n_rows: int) -> None:
         """What the host's eval does after a decode, for one row."""
         llama = self._llama
         n_past = llama.n_tokens
+        self._uncertain = True
         self._row = (row, n_rows)
         llama.input_ids[n_past] = token
         if llama._logits_all:
             llama.scores[n_past, :] = self._spec.target.logits(row)
         llama.n_tokens = n_past + 1
         llama._requires_eval = False
+        self._uncertain = False
 
     def _eval_plain(self, host_eval: _t.Callable[..., None], tokens: _t.Sequence[int]) -> None:
         """The host's eval, chunk by chunk as it would cut them, keeping hidden rows of the last window.
@@ -477,9 +472,11 @@ class _Session:
         if tokens:
             llama.eval(tokens)
 
-    def _give_up(self, why: str) -> None:
-        """Decode plainly for the rest of this generation. The app is told once."""
+    def _give_up(self, why: str, *, reevaluate: bool) -> None:
+        """Decode plainly for the rest of this generation. The app is told once, and last: a warning may be raised."""
         self._active = False
+        if reevaluate:
+            self._reevaluate()
         if not self._warned:
             self._warned = True
             _warnings.warn(f"MtpDraft: decoding plainly: {why}", RuntimeWarning, stacklevel=2)

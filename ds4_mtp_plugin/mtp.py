@@ -100,7 +100,7 @@ class MtpDrafter:
                 self.n_decodes += 1
                 start += len(tokens)
                 s.kv_hi = start
-                best = self._context.best(-1)
+                best = self._context.best(-1, with_prob=self._gate.p_min > 0)
                 if not self._gate.passes(best):
                     return drafts
                 drafts.append(best.id)

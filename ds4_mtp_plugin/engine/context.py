@@ -173,13 +173,15 @@ class Context:
         if not self._lib.ds4_mtp_get_hidden(self._ptr, i, _ffi.from_buffer("float[]", out)):
             raise IndexError(f"the last decode kept no hidden row {i}")
 
-    def best(self, i: int = -1) -> Best:
+    def best(self, i: int = -1, *, with_prob: bool = False) -> Best:
         """The best token of batch row `i` of the last decode, computed natively over the whole vocabulary.
+
+        Its probability is 1 unless asked for: that takes an exponential of every logit.
 
         Raises:
             IndexError: the last decode has no logits for the row.
         """
-        if not self._lib.ds4_mtp_get_best(self._ptr, i, self._best):
+        if not self._lib.ds4_mtp_get_best(self._ptr, i, with_prob, self._best):
             raise IndexError(f"the last decode has no finite logits for row {i}")
         return Best(int(self._best.id), float(self._best.prob), float(self._best.margin))
 

@@ -69,7 +69,7 @@ int32_t ds4_mtp_window(const llama_model * model) {
     return model->hparams.swa_type == LLAMA_SWA_TYPE_NONE ? 0 : (int32_t) model->hparams.n_swa;
 }
 
-bool ds4_mtp_get_best(llama_context * ctx, int32_t i, ds4_mtp_best * out) {
+bool ds4_mtp_get_best(llama_context * ctx, int32_t i, bool with_prob, ds4_mtp_best * out) {
     const float * logits = llama_get_logits_ith(ctx, i);
     if (logits == nullptr) {
         return false;
@@ -93,9 +93,12 @@ bool ds4_mtp_get_best(llama_context * ctx, int32_t i, ds4_mtp_best * out) {
         return false;
     }
 
-    float sum = 0.0f;
-    for (int32_t id = 0; id < n_vocab; ++id) {
-        sum += expf(logits[id] - first);
+    float sum = 1.0f;
+    if (with_prob) {
+        sum = 0.0f;
+        for (int32_t id = 0; id < n_vocab; ++id) {
+            sum += expf(logits[id] - first);
+        }
     }
 
     out->id     = best;

@@ -56,13 +56,14 @@ LLAMA_API int32_t ds4_mtp_window(const struct llama_model * model);
 
 struct ds4_mtp_best {
     llama_token id;
-    float       prob;   // softmax over the whole vocabulary
+    float       prob;   // softmax over the whole vocabulary; 1 where it was not asked for
     float       margin; // logit of id less the second best logit
 };
 
 // The best token of batch row i of the last decode (ties: the lowest id, as the greedy sampler resolves them).
 // Returns false where the row has no logits or none of them is a number.
-LLAMA_API bool ds4_mtp_get_best(struct llama_context * ctx, int32_t i, struct ds4_mtp_best * out);
+// The probability takes an exponential of every logit, so it is computed for with_prob only.
+LLAMA_API bool ds4_mtp_get_best(struct llama_context * ctx, int32_t i, bool with_prob, struct ds4_mtp_best * out);
 
 #ifdef __cplusplus
 }

@@ -50,11 +50,12 @@ def test_best_is_the_rows_argmax_probability_and_margin(trunk: engine.Context) -
     for i in range(5):
         logits = trunk.logits(i).astype(np.float64)
         first, second = np.sort(logits)[[-1, -2]]
-        best = trunk.best(i)
+        best = trunk.best(i, with_prob=True)
         assert best.id == int(logits.argmax())
         assert best.margin == pytest.approx(first - second, rel=1e-5)
         assert best.prob == pytest.approx(1 / np.exp(logits - first).sum(), rel=1e-4)
     assert trunk.best(-1) == trunk.best(4)
+    assert trunk.best(4).prob == 1.0  # not asked for
 
 
 def test_rows_that_are_no_outputs_have_none(trunk: engine.Context) -> None:

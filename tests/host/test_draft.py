@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -130,7 +131,8 @@ def test_a_draft_pickles_as_its_options(plant: Plant) -> None:
 def test_a_failure_inside_is_told_once_and_changes_no_text(
     llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, where: str, at: int
 ) -> None:
-    files = plant(acceptance=0.6)
+    files = plant(**BY_CONTEXT)  # a text that a wrong evaluation changes
+    plain = generate(llama(files.trunk), [300, 301, 302], 80)
     llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=2))
     spec = llm._ds4_mtp._spec
     calls = 0
@@ -156,10 +158,12 @@ def test_a_failure_inside_is_told_once_and_changes_no_text(
         context = spec.drafter._context
         monkeypatch.setattr(context, "decode", failing(context.decode, error))
     with pytest.warns(RuntimeWarning, match="decoding plainly") as caught:
-        assert generate(llm, files.cycle[:3].tolist(), 80) == files.follow(int(files.cycle[2]), 80)
+        assert generate(llm, [300, 301, 302], 80) == plain
     assert len(caught) == 1
     assert calls == at + 1
-    before = spec.stats().iters
+    stats = spec.stats()
+    assert stats.plain + stats.iters + stats.accepted >= 79  # every token that was evaluated is accounted for
+    before = stats.iters
     assert generate(llm, [300], 80) == generate(llama(files.trunk), [300], 80)
     assert spec.stats().iters > before  # the next generation drafts again
 
@@ -217,3 +221,103 @@ def test_an_app_may_take_the_draft_away_and_put_it_back(llama: Make, plant: Plan
     llm.draft_model = draft
     assert generate(llm, [300], 40) == text
     assert draft.stats.iters == 2 * iters
+
+
+def test_a_stale_generation_that_is_dropped_disturbs_nothing(
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a client hangs up and its stream is freed while another request is in a verify."""
+    files = plant(**BY_CONTEXT)
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))
+    stale = [llm.generate([310, 311], temp=0.0)]
+    next(stale[0]), next(stale[0])
+    target = llm._ds4_mtp._spec.target
+    decode, calls = target.decode, 0
+
+    def dropping(batch: engine.Batch) -> None:
+        nonlocal calls
+        decode(batch)
+        calls += 1
+        if calls == 3:
+            stale.clear()
+
+    monkeypatch.setattr(target, "decode", dropping)
+    assert generate(llm, [300, 301], 80) == generate(llama(files.trunk), [300, 301], 80)
+    assert not stale
+
+
+@pytest.mark.parametrize("where", ["accept", "commit"])
+def test_an_interrupt_between_memory_and_account_is_survived(
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    files = plant(**BY_CONTEXT)
+    llm = llama(files.trunk, logits_all=True, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))
+    spec, calls = llm._ds4_mtp._spec, 0
+
+    def interrupting(original: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == 4:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        return call
+
+    if where == "accept":
+        monkeypatch.setattr(spec.target, "seq_rm", interrupting(spec.target.seq_rm))
+    else:
+        monkeypatch.setattr(spec.target, "logits", interrupting(spec.target.logits))
+    tokens = []
+    with pytest.raises(KeyboardInterrupt):
+        for token in llm.generate([300, 301, 302], temp=0.0):
+            tokens.append(token)
+    llm.eval([400])
+    assert spec.target.seq_pos_max(0) == llm.n_tokens - 1
+    text = llm.input_ids[: llm.n_tokens].tolist()
+    plain = llama(files.trunk)
+    plain.eval(text)
+    assert llm.sample(temp=0.0) == plain.sample(temp=0.0)
+
+
+def test_a_state_that_cannot_be_loaded_leaves_the_generation_as_it_is(llama: Make, plant: Plant) -> None:
+    files = plant(**BY_CONTEXT)
+    other = llama(files.trunk, logits_all=True)
+    other.eval([300, 301, 302])
+    state = other.save_state()
+    state.scores = state.scores[:, :5]
+
+    def run(llm: Llama) -> list[int]:
+        generation = llm.generate([300, 301, 302], temp=0.0)
+        tokens = [next(generation) for _ in range(6)]
+        with pytest.raises(ValueError):
+            llm.load_state(state)
+        tokens += [next(generation) for _ in range(40)]
+        generation.close()
+        return tokens
+
+    assert run(llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))) == run(llama(files.trunk))
+
+
+def test_a_warning_that_is_raised_leaves_a_whole_llama(
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = plant(acceptance=0.0)
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=2))
+    target = llm._ds4_mtp._spec.target
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.setattr(target, "seq_rm", lambda *_: False)
+        with pytest.raises(RuntimeWarning, match="decoding plainly"):
+            generate(llm, files.cycle[:3].tolist(), 20)
+    assert target.seq_pos_max(0) == llm.n_tokens - 1
+    assert generate(llm, files.cycle[:3].tolist(), 20) == files.follow(int(files.cycle[2]), 20)
+
+
+def test_a_second_init_frees_the_first_head(llama: Make, plant: Plant) -> None:
+    files = plant()
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp))
+    first = llm.draft_model
+    llm.__setstate__({**llm.__getstate__(), "draft_model": MtpDraft(files.mtp)})
+    assert first._spec is None and llm.draft_model is not first
+    assert generate(llm, [300], 20) == generate(llama(files.trunk), [300], 20)
