@@ -60,9 +60,7 @@ def test_a_library_for_images_is_found(tmp_path: Path) -> None:
     assert f"libmtmd            {tmp_path / 'libmtmd.so'}" in ds4_mtp("doctor", MTMD_CPP_LIB=str(tmp_path)).stdout
 
 
-def test_the_environment_is_said_and_read(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_environment_is_said_and_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("DS4_MTP_SPEC_DISABLE", "1")
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
