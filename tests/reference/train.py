@@ -8,7 +8,8 @@ betas .9/.95 and weight decay .1; gradient norm clipped at 1; experts balanced b
 without an auxiliary loss. Different on purpose:
 
 * Matrices inside the blocks are updated by Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), which
-  is reported to need fewer tokens than AdamW (not compared here); embeddings, the head, hyper-connections and vectors stay with AdamW.
+  is reported to need fewer tokens than AdamW (not compared here); embeddings, the head, hyper-connections and vectors
+  stay with AdamW.
 * Half of the MTP block's target is the trunk's own distribution: a draft counts if the *trunk* would say it.
 * The MTP block is trained on its own hidden row for one further step, as drafting at depth 2 and 3 runs it.
 * The learning rate follows the clock, not the step: whatever the machine's speed, the run ends fully decayed.
