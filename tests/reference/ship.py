@@ -40,7 +40,7 @@ QUESTIONS = (
 BEGINNINGS = (
     "def main():\n    ",
     "class TestCase:\n    def __init__(self",
-    "# Lib/example.py\n\n\"\"\"",
+    '# Lib/example.py\n\n"""',
     "import os\nimport sys\n\n",
 )
 

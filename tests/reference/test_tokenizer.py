@@ -19,7 +19,7 @@ from tests.reference import data, tokenizer
 N_VOCAB = 1024
 HARD = (
     "naïve café x² 你好世界 ひらがな 12345 3.14159 \t\ttabs\r\nwin €uro 🎉\n\n   \n  def f(self, *args):\n"
-    "\u00a0nbsp … don't <think>a</think> __init__ a==b ((())) 'quoted' \"\"\"doc\"\"\" trailing   "
+    '\u00a0nbsp … don\'t <think>a</think> __init__ a==b ((())) \'quoted\' """doc""" trailing   '
 )
 
 

@@ -29,6 +29,7 @@ _SPLITS = (
     r"""|\s+""",
 )
 
+
 def train(texts: Iterable[str], n_vocab: int) -> Tokenizer:
     """A tokenizer of exactly ``n_vocab`` ids, specials included, learned from ``texts``."""
     tokenizer = Tokenizer(models.BPE())

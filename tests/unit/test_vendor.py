@@ -115,9 +115,7 @@ def test_a_missing_given_file_is_named(sdist: Path, tmp_path: Path) -> None:
         fetch(tmp_path / "src")
 
 
-def test_a_full_disk_says_how_much_is_needed(
-    sdist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_says_how_much_is_needed(sdist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pin = make_sdist(sdist, FILES)
 
     def full(*_: object, **__: object) -> None:
