@@ -44,12 +44,15 @@ def contenders(mtp: Path, depths: Sequence[int] = (1, 2, 3)) -> list[Contender]:
 
 
 class Contest:
-    """Rounds of all contenders on one model and prompt; `text[0]` is plain decoding's."""
+    """Rounds of all contenders on one model and prompt; the first decodes plainly, and the others are held to it."""
 
-    def __init__(self, trunk: Path, field: Sequence[Contender], prompt: Sequence[int], n: int, **options: Any) -> None:
-        self.field, self._prompt, self._n = list(field), list(prompt), n
+    def __init__(
+        self, trunk: Path, field: Sequence[Contender], prompt: str | Sequence[int], n: int, **options: Any
+    ) -> None:
+        self.field, self._n = list(field), n
         for each in self.field:
             each.llm = Llama(str(trunk), verbose=False, **{**options, **each.options()})
+            self._prompt = each.llm.tokenize(prompt.encode()) if isinstance(prompt, str) else list(prompt)
         self._turn = 0
 
     def round(self) -> None:

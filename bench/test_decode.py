@@ -58,7 +58,5 @@ def test_planted_half_a_gigabyte(
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_mini(benchmark: Any, table: Callable[[str], None], name: str) -> None:
-    contest = Contest(BASE, contenders(HEAD), [0], 256, n_ctx=1024)
-    assert contest.field[0].llm is not None
-    contest._prompt = contest.field[0].llm.tokenize(PROMPTS[name].encode())
+    contest = Contest(BASE, contenders(HEAD), PROMPTS[name], 256, n_ctx=1024)
     measure(benchmark, table, f"ds4-mini, {name}, 256 tokens", contest)
