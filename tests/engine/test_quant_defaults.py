@@ -32,7 +32,7 @@ print(*tokens)
 """
 
 
-@pytest.mark.parametrize("quant", ["F16", "BF16", "Q8_0", "Q5_0", "Q4_0", "MXFP4"])
+@pytest.mark.parametrize("quant", ["F16", "BF16", "Q8_0", "Q5_0", "Q4_0", "Q4_1", "MXFP4", "Q4_K", "Q6_K", "IQ4_XS"])
 def test_loads_and_walks(plant: Callable[..., Planted], quant: str) -> None:
     files = plant(config=WIDE, quant=quant, acceptance=0.8)
     start = int(files.cycle[0])
