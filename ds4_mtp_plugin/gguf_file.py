@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses as _dataclasses
 import functools as _functools
+import hashlib as _hashlib
 import mmap as _mmap
 import os as _os
 import pathlib as _pathlib
@@ -36,6 +37,7 @@ _BLOCKS = {
     **{0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 28: ("F64", 1, 8)},
     **{24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8)},
     **{2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34)},
+    9: ("Q8_1", 32, 36),
     **{10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176)},
     **{14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66)},
     **{16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 22: ("IQ2_S", 256, 82), 18: ("IQ3_XXS", 256, 98)},
@@ -53,6 +55,18 @@ _BLOCK = (
     *("hc_ffn_scale", "ffn_gate_inp", "ffn_norm", "ffn_gate_exps", "ffn_down_exps", "ffn_up_exps", "ffn_gate_shexp"),
     *("ffn_down_shexp", "ffn_up_shexp", "nextn.eh_proj", "nextn.enorm", "nextn.hnorm"),
 )
+
+# Types that no matrix of a model is of: integers, F64, and what activations are turned into. The engine does not refuse
+# them, it has no kernels for them.
+_NO_WEIGHTS = ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")
+
+# Keys of the architecture that may differ between a model and its head: they count or list blocks, or tell apps
+# something.
+_MAY_DIFFER = (
+    *("block_count", "nextn_predict_layers", "attention.compress_ratios", "swiglu_clamp_exp", "swiglu_clamp_shexp"),
+    *("context_length", "vocab_size", "embedding_length_out"),
+)
+_MAX_LAYERS = 512  # the engine's LLAMA_MAX_LAYERS
 
 # Beginnings of files that are taken for a GGUF.
 _LOOKS_LIKE = (
@@ -74,6 +88,7 @@ class Header:
         lengths: keys of arrays and how many elements they have.
         tensors: names and shapes, the fastest dimension first.
         types: names of tensors and of their types.
+        vocabulary: a digest of the tokens' texts, empty where there are none.
         n_bytes: size of the file, or of all parts.
     """
 
@@ -82,6 +97,7 @@ class Header:
     lengths: dict[str, int]
     tensors: dict[str, tuple[int, ...]]
     types: dict[str, str]
+    vocabulary: str
     n_bytes: int
 
 
@@ -244,6 +260,14 @@ def check_head(path: Path) -> Model:
             f"{path}: attention.key_length and attention.indexer.key_length are both {head.head_dim}, which makes the "
             "engine divide by zero; expected different ones (of DeepSeek-V4: 512 and 128)"
         )
+    if header.lengths.get("deepseek4.attention.compress_ratios", 0) > _MAX_LAYERS:
+        raise ValueError(f"{path} has compress ratios for more than {_MAX_LAYERS} layers, or the engine aborts")
+    for name, shape in header.tensors.items():
+        kind = header.types[name]
+        if len(shape) < 2 and kind != "F32":
+            raise ValueError(f"{path}: {name} is of type {kind}; expected F32, or the engine aborts")
+        if kind in _NO_WEIGHTS:
+            raise ValueError(f"{path}: {name} is of type {kind}, which the engine cannot multiply with")
     return head
 
 
@@ -298,7 +322,39 @@ def check_pair(base_path: Path, head_path: Path) -> tuple[Model, Model]:
             f"{head_path} does not belong to {base_path}: {'; '.join(differences)}. Take the MTP GGUF that was "
             "converted from the same checkpoint"
         )
+    of_base, of_head = read_header(base_path), read_header(head_path)
+    # What the engine would compute with otherwise than the model does: drafts would be poor, and many a value makes the
+    # engine abort.
+    ours, theirs = (
+        {
+            key: of.metadata.get(key, of.lengths.get(key))
+            for key in (*of.metadata, *of.lengths)
+            if key.startswith("deepseek4.") and key.partition(".")[2] not in _MAY_DIFFER
+        }
+        for of in (of_head, of_base)
+    )
+    for key in sorted({*ours, *theirs}):
+        if not _same(ours.get(key), theirs.get(key)):
+            raise ValueError(
+                f"{head_path} does not belong to {base_path}: {_shown(key)} is {_shown(ours.get(key))}, expected "
+                f"{_shown(theirs.get(key))}. Take the MTP GGUF that was converted from the same checkpoint"
+            )
+    if of_head.vocabulary != of_base.vocabulary:
+        raise ValueError(
+            f"{head_path} does not belong to {base_path}: it has other tokens. Take the MTP GGUF that was converted "
+            "from the same checkpoint"
+        )
     return base, head
+
+
+def _same(one: Value | None, other: Value | None) -> bool:
+    return one == other or (one != one and other != other)  # a NaN is what it is
+
+
+def _shown(value: Value | None) -> str:
+    """A value in a message: a damaged file has keys and strings of any length."""
+    text = "not there" if value is None else str(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _quant(header: Header) -> str:
@@ -377,31 +433,35 @@ def _parse(path: str, data: _mmap.mmap) -> Header:
 
     metadata: dict[str, Value] = {}
     lengths: dict[str, int] = {}
+    vocabulary = ""
     for _ in range(n_keys):
         key = string()
         if not key or key in metadata or key in lengths:
-            raise damaged(f"the key {key!r} comes twice" if key else "a key without a name")
+            raise damaged(f"the key {_shown(key)!r} comes twice" if key else "a key without a name")
         kind = number("I")
         if kind == _STRING:
             metadata[key] = string()
         elif kind in _NUMBERS:
             metadata[key] = number(_NUMBERS[kind])
         elif kind != _ARRAY:
-            raise damaged(f"the key {key!r} is of type {kind}, which there is not")
+            raise damaged(f"the key {_shown(key)!r} is of type {kind}, which there is not")
         else:
             kind, n = number("I"), number("Q")
             lengths[key] = n
             if kind == _STRING:
                 length = _struct.Struct("=Q").unpack_from
+                first = at
                 for _ in range(n):
                     at += 8 + length(data, at)[0]
+                if key == "tokenizer.ggml.tokens":
+                    vocabulary = _hashlib.sha256(data[first:at]).hexdigest()
             elif kind in _NUMBERS:
                 code = f"={n}{_NUMBERS[kind]}" if n <= _LONGEST_ARRAY_KEPT else ""
                 if code:
                     metadata[key] = _struct.unpack_from(code, data, at)
                 at += n * _struct.calcsize("=" + _NUMBERS[kind])
             else:
-                raise damaged(f"the key {key!r} is an array of type {kind}, which there is not")
+                raise damaged(f"the key {_shown(key)!r} is an array of type {kind}, which there is not")
 
     tensors: dict[str, tuple[int, ...]] = {}
     types: dict[str, str] = {}
@@ -410,7 +470,9 @@ def _parse(path: str, data: _mmap.mmap) -> Header:
         name = string()
         n_dims = number("I")
         if name in tensors or n_dims > 4:
-            raise damaged(f"the tensor {name!r} {'has more than 4 dimensions' if n_dims > 4 else 'comes twice'}")
+            raise damaged(
+                f"the tensor {_shown(name)!r} {'has more than 4 dimensions' if n_dims > 4 else 'comes twice'}"
+            )
         shape = tuple(number("Q") for _ in range(n_dims))
         kind, offset = number("I"), number("Q")
         # A type that is not known here is the engine's to refuse.
@@ -430,4 +492,4 @@ def _parse(path: str, data: _mmap.mmap) -> Header:
         raise ValueError(
             f"{path} is cut off: it has {len(data)} bytes, its tensors need {end}; download or copy it again"
         )
-    return Header(path, metadata, lengths, tensors, types, len(data))
+    return Header(path, metadata, lengths, tensors, types, vocabulary, len(data))

@@ -101,7 +101,7 @@ def test_block_sizes_are_those_of_the_gguf_package() -> None:
     # Q2_0 (ggml-common.h: 64 elements, a half and two bits each) is newer than the package.
     assert gguf_file._BLOCKS[42] == ("Q2_0", 64, 2 + 64 // 4)
     theirs = {int(kind): (kind.name, *sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
-    theirs.pop(9)  # Q8_1 is never stored
+    theirs.pop(9)  # Q8_1, which is never stored: the package has it larger than ggml-common.h
     assert {kind: block for kind, block in gguf_file._BLOCKS.items() if kind in theirs} == theirs
 
 
@@ -288,12 +288,18 @@ def test_ds4s_own_layout_is_to_be_converted(tmp_path: Path) -> None:
     refused(gguf_file.check_head, path, match="layout of antirez/ds4 .*'mtp.0.*convert_hf_to_gguf.py --mtp")
 
 
-def with_tensors(path: Path, change: Callable[[dict[str, Any]], object], **metadata: int) -> Path:
-    """The head again with its names of tensors changed, and keys replaced, in place."""
+def with_tensors(
+    path: Path,
+    change: Callable[[dict[str, Any]], object] = lambda tensors: None,
+    types: dict[str, gguf.GGMLQuantizationType] | None = None,
+    without: str = "",
+    **metadata: Any,
+) -> Path:
+    """The head again with its names or types of tensors changed, and keys replaced or left out, in place."""
     reader = gguf.GGUFReader(path)
     writer = gguf.GGUFWriter(path.with_suffix(".new"), "deepseek4")
     for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
+        if not key.startswith("GGUF.") and key not in ("general.architecture", without):
             kind = field.types[0]
             sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
             value = metadata.get(key.removeprefix("deepseek4."), field.contents())
@@ -301,7 +307,12 @@ def with_tensors(path: Path, change: Callable[[dict[str, Any]], object], **metad
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     change(tensors)
     for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor.data, raw_dtype=tensor.tensor_type)
+        data, kind = tensor.data, tensor.tensor_type
+        if types and name in types:
+            kind = types[name]
+            per_block, block = gguf.GGML_QUANT_SIZES[kind]
+            data = np.zeros((*data.shape[:-1], -(-data.shape[-1] // per_block) * block), np.uint8)
+        writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -347,6 +358,39 @@ def test_equal_key_lengths_would_end_the_process(tmp_path: Path) -> None:
     refused(gguf_file.check_head, write(tmp_path / "x.gguf", "mtp", config), match="are both 64, which makes")
 
 
+@pytest.mark.parametrize(
+    "name", ["output_norm.weight", "blk.3.attn_sinks.weight", "blk.3.hc_ffn_scale.weight", "blk.3.exp_probs_b.bias"]
+)
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q5_1", "I64"])
+def test_vectors_of_another_type_would_end_the_process(head: Path, name: str, kind: str) -> None:
+    with_tensors(head, types={name: gguf.GGMLQuantizationType[kind]})
+    refused(gguf_file.check_head, head, match=f"{name} is of type {kind}; expected F32, or the engine aborts")
+
+
+@pytest.mark.parametrize("name", ["blk.3.attn_q_b.weight", "blk.3.ffn_down_shexp.weight", "token_embd.weight"])
+@pytest.mark.parametrize("kind", ["I8", "I16", "I32", "I64", "F64", "Q8_K"])
+def test_matrices_of_types_without_kernels_would_end_the_process(head: Path, name: str, kind: str) -> None:
+    with_tensors(head, types={name: gguf.GGMLQuantizationType[kind]})
+    refused(gguf_file.check_head, head, match=f"{name} is of type {kind}, which the engine cannot multiply with")
+
+
+def test_a_matrix_may_be_of_any_type_that_files_are_quantised_to(trunk: Path, head: Path) -> None:
+    for kind in ("F16", "BF16", "Q4_0", "Q5_1", "Q8_0", "Q4_K", "IQ2_XXS", "MXFP4", "TQ2_0"):
+        with_tensors(head, types={"output.weight": gguf.GGMLQuantizationType[kind]})
+        gguf_file.check_pair(trunk, head)
+
+
+def test_more_compress_ratios_than_the_engine_has_layers(head: Path) -> None:
+    with_tensors(head, **{"attention.compress_ratios": [0] * 513})
+    refused(gguf_file.check_head, head, match="compress ratios for more than 512 layers")
+
+
+def test_a_message_does_not_grow_with_the_damage(tmp_path: Path) -> None:
+    path = tmp_path / "file.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("=IQQQ90000sI", 3, 0, 1, 90000, b"k" * 90000, 99))
+    assert len(message(gguf_file.read_header, path)) < 400 + len(str(path))
+
+
 # -- files that do not belong together --
 
 
@@ -370,6 +414,42 @@ def test_a_head_of_another_shape(tmp_path: Path, trunk: Path, change: dict[str, 
 def test_every_difference_is_named_at_once(tmp_path: Path, trunk: Path) -> None:
     head = write(tmp_path / "other.gguf", "mtp", Unchecked(n_vocab=352, n_embd=128))
     refused(gguf_file.check_pair, trunk, head, match="vocabulary 352, expected 320; width 128, expected 64")
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"attention.value_length": 16}, "deepseek4.attention.value_length is 16, expected 32"),
+        ({"attention.layer_norm_rms_epsilon": -1.0}, "layer_norm_rms_epsilon is -1.0, expected 9.9"),
+        ({"attention.layer_norm_rms_epsilon": float("nan")}, "layer_norm_rms_epsilon is nan, expected 9.9"),
+        ({"expert_used_count": 256}, "deepseek4.expert_used_count is 256, expected 2"),
+        ({"rope.dimension_count": 2**32 - 1}, "rope.dimension_count is 4294967295, expected 16"),
+        ({"without": "deepseek4.attention.value_length"}, "attention.value_length is not there, expected 32"),
+    ],
+    ids=str,
+)
+def test_a_head_that_computes_otherwise(trunk: Path, head: Path, change: dict[str, Any], found: str) -> None:
+    with_tensors(head, **change)
+    gguf_file.check_head(head)
+    refused(gguf_file.check_pair, trunk, head, match=f"does not belong to .*: .*{found}")
+
+
+def test_a_head_with_keys_that_the_model_has_not(trunk: Path, head: Path) -> None:
+    with_tensors(trunk, without="deepseek4.rope.freq_base")
+    refused(gguf_file.check_pair, trunk, head, match="deepseek4.rope.freq_base is 10000.0, expected not there")
+
+
+def test_what_counts_blocks_or_tells_an_app_something_may_differ(trunk: Path, head: Path) -> None:
+    with_tensors(head, context_length=7, without="tokenizer.chat_template")
+    gguf_file.check_pair(trunk, head)
+
+
+def test_a_head_with_other_tokens(trunk: Path, head: Path) -> None:
+    vocab = ds4_gguf.byte_vocab(SMALL.n_vocab)
+    vocab = dataclasses.replace(vocab, tokens=[*vocab.tokens[:-1], vocab.tokens[-2]])  # twice, which the engine asserts
+    write(head, "mtp", vocab=vocab)
+    gguf_file.check_head(head)
+    refused(gguf_file.check_pair, trunk, head, match="does not belong to .*: it has other tokens")
 
 
 def test_bases_that_are_none(tmp_path: Path, head: Path) -> None:
