@@ -67,6 +67,7 @@ _MAY_DIFFER = (
     *("context_length", "vocab_size", "embedding_length_out"),
 )
 _MAX_LAYERS = 512  # the engine's LLAMA_MAX_LAYERS
+_WIDEST_WINDOW = 4096  # rows; a context of three windows, far from a damaged file's gigabytes
 
 # Beginnings of files that are taken for a GGUF.
 _LOOKS_LIKE = (
@@ -288,6 +289,11 @@ def check_base(path: Path) -> Model:
         )
     if base.n_hc != 4:
         raise ValueError(f"{path} has {base.n_hc} hyper-connection streams; expected 4, or the engine aborts")
+    if not isinstance(base.window, int) or not 0 < base.window <= _WIDEST_WINDOW:
+        raise ValueError(
+            f"{path} has a sliding window of {_shown(base.window)} rows; expected 1 to {_WIDEST_WINDOW} "
+            "(of DeepSeek-V4: 128), because a head's context is three windows"
+        )
     if 4 not in base.ratios[: base.n_layer]:
         raise ValueError(
             f"{path}: no layer has a compress ratio of 4 ({list(base.ratios)}), which makes the engine divide by "

@@ -463,9 +463,11 @@ def test_bases_that_are_none(tmp_path: Path, head: Path) -> None:
     [
         ({"compress_ratios": (0, 128)}, "t.gguf: no layer has a compress ratio of 4"),
         ({"hc_mult": 2}, "t.gguf has 2 hyper-connection streams; expected 4"),
+        ({"n_swa": 0}, "t.gguf has a sliding window of 0 rows; expected 1 to 4096"),
+        ({"n_swa": 2**24}, "t.gguf has a sliding window of 16777216 rows"),
     ],
 )
-def test_models_that_would_end_the_process(tmp_path: Path, change: dict[str, Any], match: str) -> None:
+def test_models_that_would_end_the_process_or_fill_memory(tmp_path: Path, change: dict[str, Any], match: str) -> None:
     config = Unchecked(**change)
     pair = write(tmp_path / "t.gguf", "trunk", config), write(tmp_path / "h.gguf", "mtp", config)
     refused(gguf_file.check_pair, *pair, match=match)
