@@ -352,7 +352,7 @@ def types_of_all_tensors(rng: Rng, file: File) -> str:
     kind = rng.choice(tuple(BLOCKS))
     part = rng.choice(("attn", "ffn", "hc", "norm", "nextn", "output", ""))
     for tensor in file.tensors:
-        if part.encode() in tensor.name and tensor.shape[0] % BLOCKS[kind][0] == 0:
+        if part.encode() in tensor.name and tensor.shape and tensor.shape[0] % BLOCKS[kind][0] == 0:
             tensor.kind = kind
             _fits(tensor)
     return f"every {part!r} is of type {kind}"

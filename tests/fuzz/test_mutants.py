@@ -6,19 +6,19 @@ A seed that fails is run again, alone, by ``python -m tests.fuzz.run SEED``.
 from __future__ import annotations
 
 import collections
-import os
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import LONG
 from tests.fixtures.planted import BY_CONTEXT, planted
 from tests.fuzz import mutants, run
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
-#: Seeds from 0 on. Some thousands take minutes.
-N_MUTANTS = int(os.environ.get("DS4_MTP_FUZZ", "600"))
+#: Seeds from 0 on.
+N_MUTANTS = 10_000 if LONG else 300
 
 
 def test_every_mutant_is_refused_or_gives_the_plain_text(tmp_path: Path) -> None:
