@@ -294,6 +294,8 @@ def check_base(path: Path) -> Model:
             f"{path} has a sliding window of {_shown(base.window)} rows; expected 1 to {_WIDEST_WINDOW} "
             "(of DeepSeek-V4: 128), because a head's context is three windows"
         )
+    if read_header(path).metadata.get("deepseek4.attention.causal", True) is not True:
+        raise ValueError(f"{path}: its attention is not causal: tokens evaluated ahead would change those before them")
     if 4 not in base.ratios[: base.n_layer]:
         raise ValueError(
             f"{path}: no layer has a compress ratio of 4 ({list(base.ratios)}), which makes the engine divide by "

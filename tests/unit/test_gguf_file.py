@@ -295,7 +295,7 @@ def with_tensors(
     without: str = "",
     **metadata: Any,
 ) -> Path:
-    """The head again with its names or types of tensors changed, and keys replaced or left out, in place."""
+    """The file again with its names or types of tensors changed, and keys replaced, added or left out, in place."""
     reader = gguf.GGUFReader(path)
     writer = gguf.GGUFWriter(path.with_suffix(".new"), "deepseek4")
     for key, field in reader.fields.items():
@@ -304,6 +304,9 @@ def with_tensors(
             sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
             value = metadata.get(key.removeprefix("deepseek4."), field.contents())
             writer.add_key_value(key, value, kind, sub_type=sub)
+    for key in {f"deepseek4.{name}" for name in metadata} - set(reader.fields):
+        value = metadata[key.removeprefix("deepseek4.")]
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     change(tensors)
     for name, tensor in tensors.items():
@@ -471,3 +474,12 @@ def test_models_that_would_end_the_process_or_fill_memory(tmp_path: Path, change
     config = Unchecked(**change)
     pair = write(tmp_path / "t.gguf", "trunk", config), write(tmp_path / "h.gguf", "mtp", config)
     refused(gguf_file.check_pair, *pair, match=match)
+
+
+def test_a_model_whose_rows_see_later_ones(trunk: Path, head: Path) -> None:
+    for path in (trunk, head):
+        with_tensors(path, **{"attention.causal": False})
+    refused(gguf_file.check_pair, trunk, head, match="t.*gguf: its attention is not causal")
+    for path in (trunk, head):
+        with_tensors(path, **{"attention.causal": True})
+    gguf_file.check_pair(trunk, head)
