@@ -206,7 +206,7 @@ def read_model(path: Path) -> Model:
         head_dim=value("attention.key_length"),
         indexer_head_dim=value("attention.indexer.key_length"),
         window=value("attention.sliding_window"),
-        ratios=tuple(int(ratio) for ratio in ratios) if isinstance(ratios, tuple) else (),
+        ratios=tuple(r for r in ratios if isinstance(r, int)) if isinstance(ratios, tuple) else (),
         quant=_quant(header),
         n_bytes=header.n_bytes,
     )

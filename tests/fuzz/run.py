@@ -30,8 +30,9 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Seconds that one mutant may take; a good file takes 0.1.
 TIME = 20.0
 
-#: What may become of a mutant. "plain dies too": the model's own fault, which a Llama without a draft meets as well.
-ALLOWED = ("text", "refused", "plain dies too")
+#: What may become of a mutant. "plain dies too" and "not finite": the model's own fault, which a Llama without a draft
+#: meets as well.
+ALLOWED = ("text", "refused", "plain dies too", "not finite")
 
 #: As small as the planted text allows.
 CONFIG: Ds4Config = dataclasses.replace(TINY, n_vocab=320, compress_ratios=(4, 128), n_expert=4)

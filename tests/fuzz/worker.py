@@ -18,6 +18,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # whose threads' stacks are 
 import ds4_mtp_plugin  # noqa: F401
 
 # isort: split
+import llama_cpp
+import numpy as np
 from llama_cpp import Llama
 from llama_cpp._logger import set_verbose
 
@@ -32,9 +34,22 @@ N_TOKENS = 24
 LIMIT, BOUND = 6 << 30, 1 << 30
 
 
+class NotFiniteError(Exception):
+    """The model's own weights make it compute NaN: what it says then is chance, with a draft or without."""
+
+
 def text(base: Path, head: Path | None) -> list[int]:
     draft = None if head is None else MtpDraft(head, num_pred_tokens=3)
     llm = Llama(str(base), n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False, draft_model=draft)
+    if head is None:
+        sample = llm.sample
+
+        def checked(*args: Any, **kwargs: Any) -> int:
+            if not np.isfinite(llama_cpp.llama_get_logits_ith(llm.ctx, -1)[: llm.n_vocab()]).all():
+                raise NotFiniteError
+            return int(sample(*args, **kwargs))
+
+        llm.sample = checked
     try:
         return generate(llm, PROMPT, N_TOKENS)
     finally:
@@ -72,7 +87,9 @@ def run(seed: int, base: Path, head: Path, folder: Path, plain: list[int], *, dr
     # Another model has a text of its own, or an error of the host's own.
     anew = base_ != base and (found == "text" or not named)
     expected = outcome(base_, None) if anew else ("text", plain)
-    if found == "text":
+    if found == "text" and expected[0] == "not finite":
+        found = "not finite"
+    elif found == "text":
         found, said = ("text", "") if ("text", said) == expected else ("wrong text", f"{said} for {expected}")
     elif found == "refused" and not named and (found, said) != expected:
         found = "no file named"
@@ -88,6 +105,8 @@ def outcome(base: Path, head: Path | None) -> tuple[str, Any]:
             return "text", text(base, head)
     except (ValueError, FileNotFoundError) as err:
         return "refused", str(err)
+    except NotFiniteError:
+        return "not finite", ""
     except MemoryError as err:
         return "memory", repr(err)
     except Exception as err:

@@ -304,9 +304,9 @@ def with_tensors(
             sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
             value = metadata.get(key.removeprefix("deepseek4."), field.contents())
             writer.add_key_value(key, value, kind, sub_type=sub)
-    for key in {f"deepseek4.{name}" for name in metadata} - set(reader.fields):
-        value = metadata[key.removeprefix("deepseek4.")]
-        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    for key in {f"deepseek4.{name}" for name in metadata} - set(reader.fields) | {without} - {""}:
+        if (value := metadata.get(key.removeprefix("deepseek4."))) is not None:
+            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     change(tensors)
     for name, tensor in tensors.items():
@@ -474,6 +474,12 @@ def test_models_that_would_end_the_process_or_fill_memory(tmp_path: Path, change
     config = Unchecked(**change)
     pair = write(tmp_path / "t.gguf", "trunk", config), write(tmp_path / "h.gguf", "mtp", config)
     refused(gguf_file.check_pair, *pair, match=match)
+
+
+def test_compress_ratios_that_are_no_integers(trunk: Path, head: Path) -> None:
+    key = "attention.compress_ratios"
+    with_tensors(trunk, without=f"deepseek4.{key}", **{key: [0.5, float("inf"), float("nan")]})
+    refused(gguf_file.check_pair, trunk, head, match="no layer has a compress ratio of 4")
 
 
 def test_a_model_whose_rows_see_later_ones(trunk: Path, head: Path) -> None:
