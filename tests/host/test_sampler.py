@@ -25,7 +25,7 @@ from tests.fixtures.planted import BY_CONTEXT, Planted
 Plant = Callable[..., Planted]
 Options = dict[str, Any]
 
-N_SEEDS = 8 if LONG else 1
+N_SEEDS = 4 if LONG else 1
 DEPTHS = range(1, 9) if LONG else (1, 3, 8)
 ACCEPTANCES = (1.0, 0.8, 0.0)
 N_TOKENS = 24
