@@ -164,13 +164,15 @@ def read_header(path: Path) -> Header:
     )
 
 
-def read_model(path: Path) -> Model:
-    """What `path` holds.
+def read_model(path: Path, overrides: _t.Mapping[str, Value] | None = None) -> Model:
+    """What `path` holds, to an engine that is told `overrides` in place of its metadata (llama.h, kv_overrides).
 
     Raises:
         FileNotFoundError, PermissionError, ValueError: as `read_header`.
     """
     header = read_header(path)
+    if overrides:
+        header = _dataclasses.replace(header, metadata={**header.metadata, **overrides})
     architecture = str(header.metadata.get("general.architecture", ""))
 
     def value(key: str) -> Value | None:
@@ -212,14 +214,14 @@ def read_model(path: Path) -> Model:
     )
 
 
-def check_head(path: Path) -> Model:
-    """Whether the engine can draft with the MTP-only GGUF `path`.
+def check_head(path: Path, overrides: _t.Mapping[str, Value] | None = None) -> Model:
+    """Whether the engine, told `overrides`, can draft with the MTP-only GGUF `path`.
 
     Raises:
         FileNotFoundError, PermissionError: as `read_header`.
         ValueError: it cannot; the message says what the file is, what is expected, and what to do.
     """
-    head = read_model(path)
+    head = read_model(path, overrides)
     expected = f"expected an MTP GGUF, as '{_CONVERT}' writes it"
     if head.kind == DSPARK:
         raise ValueError(
@@ -272,14 +274,14 @@ def check_head(path: Path) -> Model:
     return head
 
 
-def check_base(path: Path) -> Model:
-    """Whether `path` is a model that the engine can run and draft for.
+def check_base(path: Path, overrides: _t.Mapping[str, Value] | None = None) -> Model:
+    """Whether `path` is a model that the engine, told `overrides`, can run and draft for.
 
     Raises:
         FileNotFoundError, PermissionError: as `read_header`.
         ValueError: it is not; the message says what was found and expected.
     """
-    base = read_model(path)
+    base = read_model(path, overrides)
     if base.kind not in (TRUNK, TRUNK_AND_HEAD):
         raise ValueError(f"{path} is {base.kind}; expected the model that an MTP head belongs to")
     if base.architecture not in _ARCHITECTURES:
@@ -294,7 +296,7 @@ def check_base(path: Path) -> Model:
             f"{path} has a sliding window of {_shown(base.window)} rows; expected 1 to {_WIDEST_WINDOW} "
             "(of DeepSeek-V4: 128), because a head's context is three windows"
         )
-    if read_header(path).metadata.get("deepseek4.attention.causal", True) is not True:
+    if {**read_header(path).metadata, **(overrides or {})}.get("deepseek4.attention.causal", True) is not True:
         raise ValueError(f"{path}: its attention is not causal: tokens evaluated ahead would change those before them")
     if 4 not in base.ratios[: base.n_layer]:
         raise ValueError(
@@ -304,14 +306,19 @@ def check_base(path: Path) -> Model:
     return base
 
 
-def check_pair(base_path: Path, head_path: Path) -> tuple[Model, Model]:
+def check_pair(
+    base_path: Path, head_path: Path, overrides: _t.Mapping[str, Value] | None = None
+) -> tuple[Model, Model]:
     """Whether the MTP head `head_path` goes on top of the model `base_path`, and the engine can run both.
+
+    Args:
+        overrides: metadata that the engine is told to take in place of both files' own.
 
     Raises:
         FileNotFoundError, PermissionError: as `read_header`.
         ValueError: it does not, or the engine cannot; the message names the file, what was found and expected.
     """
-    base, head = check_base(base_path), check_head(head_path)
+    base, head = check_base(base_path, overrides), check_head(head_path, overrides)
     differences = [
         f"{what} {getattr(head, name)}, expected {getattr(base, name)}"
         for name, what in (

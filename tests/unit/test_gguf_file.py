@@ -489,3 +489,15 @@ def test_a_model_whose_rows_see_later_ones(trunk: Path, head: Path) -> None:
     for path in (trunk, head):
         with_tensors(path, **{"attention.causal": True})
     gguf_file.check_pair(trunk, head)
+
+
+def test_what_the_engine_is_told_in_place_of_metadata_counts(trunk: Path, head: Path) -> None:
+    base, _ = gguf_file.check_pair(trunk, head, {"deepseek4.attention.sliding_window": 64, "other": 1.0})
+    assert base.window == 64
+    with pytest.raises(ValueError, match="has 2 hyper-connection streams"):
+        gguf_file.check_pair(trunk, head, {"deepseek4.hyper_connection.count": 2})
+    with pytest.raises(ValueError, match="attention is not causal"):
+        gguf_file.check_pair(trunk, head, {"deepseek4.attention.causal": False})
+    with pytest.raises(ValueError, match="of architecture 'llama'"):
+        gguf_file.check_pair(trunk, head, {"general.architecture": "llama"})
+    gguf_file.check_pair(trunk, head)  # and is not remembered for the file
