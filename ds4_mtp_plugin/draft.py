@@ -72,6 +72,9 @@ class MtpDraft(_LlamaDraftModel):  # type: ignore[misc, unused-ignore]
         if not path.is_file():
             found = "it is a directory" if path.is_dir() else "no such file"
             raise FileNotFoundError(f"MtpDraft: {path}: {found}; expected an MTP GGUF file")
+        for name, number in (("num_pred_tokens", num_pred_tokens), ("n_gpu_layers", n_gpu_layers)):
+            if number is not None and not isinstance(number, int):
+                raise TypeError(f"MtpDraft: {name} is {number!r}, expected an integer")
         if num_pred_tokens < 0:
             raise ValueError(f"MtpDraft: num_pred_tokens is {num_pred_tokens}, expected 0 or more")
         if not 0 <= p_min <= 1:

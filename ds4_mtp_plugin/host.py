@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import contextlib as _contextlib
 import contextvars as _contextvars
+import copy as _copy
+import ctypes as _ctypes
 import functools as _functools
-import inspect as _inspect
 import os as _os
 import pathlib as _pathlib
 import sys as _sys
@@ -37,6 +38,12 @@ from .speculative import RollbackRefused as _RollbackRefused
 
 # The host drives one sequence.
 _SEQ = 0
+
+_CAUSAL = (_llama_cpp.LLAMA_ATTENTION_TYPE_UNSPECIFIED, _llama_cpp.LLAMA_ATTENTION_TYPE_CAUSAL)
+
+# Architectures whose rows are several streams wide. Embeddings are one wide, but src/llama-context.cpp copies the width
+# of all: an assertion ends the process.
+_STREAMS = ("deepseek4", "qwen4exp")
 
 # The draft of the Llama that is being constructed, for the contexts that its constructor creates.
 _draft_in_scope: _contextvars.ContextVar[_MtpDraft | None] = _contextvars.ContextVar("draft", default=None)
@@ -63,9 +70,51 @@ def adopt(library: _engine.Library) -> None:
         draft = _draft_in_scope.get()
         if draft is not None:
             params.n_rs_seq = _depth(draft, params)
-        original_context_init(self, model=model, params=params, verbose=verbose)
+            try:
+                original_context_init(self, model=model, params=params, verbose=verbose)
+            except ValueError:
+                if not params.n_rs_seq:
+                    raise
+                params.n_rs_seq = 0  # perhaps there is memory for the context, if not for its snapshots
+                original_context_init(self, model=model, params=params, verbose=verbose)
+            self._ds4_mtp_snapshots = True
+        else:
+            original_context_init(self, model=model, params=params, verbose=verbose)
+        if params.embeddings and _architecture(model) in _STREAMS:
+            self.decode = _refuse_embeddings
 
     context_type.__init__ = context_init
+
+    original_decode = context_type.decode
+
+    @_functools.wraps(original_decode)
+    def decode(self: _t.Any, batch: _t.Any) -> None:
+        if (session := self.__dict__.get("_ds4_mtp")) is not None:
+            session.overtake()
+        original_decode(self, batch)
+
+    context_type.decode = decode
+
+    original_clear = context_type.kv_cache_clear
+
+    @_functools.wraps(original_clear)
+    def kv_cache_clear(self: _t.Any) -> None:
+        if (session := self.__dict__.get("_ds4_mtp")) is not None:
+            session.settle()
+        original_clear(self)
+
+    context_type.kv_cache_clear = kv_cache_clear
+
+    original_get_logits = context_type.get_logits
+
+    @_functools.wraps(original_get_logits)
+    def get_logits(self: _t.Any) -> _t.Any:
+        session = self.__dict__.get("_ds4_mtp")
+        if session is None or session.row is None:
+            return original_get_logits(self)
+        return self.get_logits_ith(session.row[0])
+
+    context_type.get_logits = get_logits
 
     original_seq_rm = context_type.kv_cache_seq_rm
 
@@ -73,53 +122,74 @@ def adopt(library: _engine.Library) -> None:
     def kv_cache_seq_rm(self: _t.Any, seq_id: int, p0: int, p1: int) -> bool:
         # Snapshots are for our own rollbacks. The host asks in order to keep a prompt's beginning; without a draft
         # the engine refuses that, and evaluating less than a plain run does would round otherwise than it.
-        if self.__dict__.get("_ds4_mtp") and 0 < p0 <= _pos_max(self, seq_id):
+        if (session := self.__dict__.get("_ds4_mtp")) is not None:
+            session.settle()
+        if "_ds4_mtp_snapshots" in self.__dict__ and 0 < p0 <= _pos_max(self, seq_id):
             return False
         return bool(original_seq_rm(self, seq_id, p0, p1))
 
     context_type.kv_cache_seq_rm = kv_cache_seq_rm
 
     original_init = llama.__init__
-    signature = _inspect.signature(original_init)
 
     @_functools.wraps(original_init)
     def init(self: _t.Any, *args: _t.Any, **kwargs: _t.Any) -> None:
         if (before := self.__dict__.pop("_ds4_mtp", None)) is not None:  # a second __init__
             before.close()
-        bound = signature.bind(self, *args, **kwargs)
-        draft = bound.arguments.get("draft_model")
-        if not isinstance(draft, _MtpDraft):
+        draft = kwargs.get("draft_model")
+        model_path = args[0] if args else kwargs.get("model_path")
+        if not isinstance(draft, _MtpDraft) or model_path is None:
             original_init(self, *args, **kwargs)
             return
-        # Without a draft the host leaves logits_all as the app set it.
-        bound.arguments["draft_model"] = None
-        why_off = _why_off(bound.arguments)
+        self.__dict__.setdefault("_stack", _contextlib.ExitStack())  # the host's __del__ closes it
+        _check_arguments(kwargs)
+        why_off = _why_off(kwargs)
         disabled = _current().disable
-        if not (why_off or disabled) and _os.path.exists(bound.arguments["model_path"]):
+        if not (why_off or disabled) and _os.path.exists(model_path):
             # Before the host loads the model: a pair that does not fit may cost minutes, or end the process.
-            self.__dict__.setdefault("_stack", _contextlib.ExitStack())  # the host's __del__ closes it
-            _check_pair(bound.arguments["model_path"], draft.model_path)
+            if draft._spec is not None:
+                raise ValueError(
+                    "MtpDraft: this draft is in use by another Llama; give each Llama an MtpDraft of its own"
+                )
+            _check_pair(model_path, draft.model_path, kwargs.get("kv_overrides") or {})
         token = _draft_in_scope.set(None if why_off or disabled else draft)
         try:
-            original_init(*bound.args, **bound.kwargs)
+            # Without a draft the host leaves logits_all as the app set it.
+            original_init(self, *args, **{**kwargs, "draft_model": None})
         finally:
             _draft_in_scope.reset(token)
+        if self.lora_path and not self._lora_adapter:
+            # The host takes the engine's null for an adapter, and the first decode would end the process.
+            self.close()
+            raise RuntimeError(f"Failed to initialize LoRA adapter from lora path: {self.lora_path}")
         self.draft_model = draft
         if disabled:
             return
+        if not why_off:
+            try:
+                session = _open_session(library, self, draft)
+            except _NoSpeculation as err:
+                why_off = str(err)
+            except BaseException:
+                self.close()
+                raise
         if why_off:
             _warnings.warn(f"MtpDraft: no speculation: {why_off}", RuntimeWarning, stacklevel=2)
-            return
-        try:
-            session = _open_session(library, self, draft)
-        except BaseException:
-            self.close()
-            raise
-        if session is not None:
-            self._ds4_mtp = session
-            self._ctx._ds4_mtp = True
+        elif session is not None:
+            self._ds4_mtp = self._ctx._ds4_mtp = session
 
     llama.__init__ = init
+
+    original_getstate = llama.__getstate__
+
+    @_functools.wraps(original_getstate)
+    def getstate(self: _t.Any) -> dict[str, _t.Any]:
+        state: dict[str, _t.Any] = original_getstate(self)
+        if isinstance(draft := state.get("draft_model"), _MtpDraft):
+            state["draft_model"] = _copy.copy(draft)  # what is made of the state cannot share a head with this Llama
+        return state
+
+    llama.__getstate__ = getstate
 
     def wrap(name: str) -> None:
         original = getattr(llama, name)
@@ -156,11 +226,42 @@ def _find_libraries_here_too() -> None:
     _ctypes_extensions.load_shared_library = load_shared_library
 
 
+class _NoSpeculation(Exception):
+    """The Llama is as good as without a draft, and stays so."""
+
+
+def _architecture(model: _t.Any) -> str:
+    value = _ctypes.create_string_buffer(64)
+    _llama_cpp.llama_model_meta_val_str(model.model, b"general.architecture", value, len(value))
+    return value.value.decode()
+
+
+def _refuse_embeddings(batch: _t.Any) -> None:
+    raise RuntimeError(
+        "the engine gives no embeddings of a model with hyper-connection streams. Use another model for embeddings, "
+        "and embedding=False to generate with this one"
+    )
+
+
+def _check_arguments(arguments: _t.Mapping[str, _t.Any]) -> None:
+    """What the host does not survive.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+    for name in ("n_batch", "type_k", "type_v"):
+        value = arguments.get(name)
+        if value is not None and value < 0:
+            raise ValueError(f"{name} is {value}, expected 0 or more")
+
+
 def _why_off(arguments: _t.Mapping[str, _t.Any]) -> str | None:
     if arguments.get("vocab_only"):
         return "the Llama loads the vocabulary only (vocab_only=True)"
     if arguments.get("embedding"):
         return "the Llama is for embeddings (embedding=True)"
+    if arguments.get("attention_type", _CAUSAL[0]) not in _CAUSAL:
+        return "a row would see the drafts behind it (attention_type is not causal)"
     return None
 
 
@@ -176,31 +277,46 @@ def _open_session(library: _engine.Library, llama: _t.Any, draft: _MtpDraft) -> 
     """Load the head and join it with `llama`; None where there is nothing to draft (a depth of 0).
 
     Raises:
-        ValueError: the files do not fit together, or the draft is in use.
+        ValueError: the files do not fit together.
+        _NoSpeculation: the engine cannot draft, most likely for want of memory.
     """
     depth = _depth(draft, llama.context_params)
     if depth == 0:
         return None
-    if draft._spec is not None:
-        raise ValueError("MtpDraft: this draft is in use by another Llama; give each Llama an MtpDraft of its own")
+    if llama.pooling_type() != _llama_cpp.LLAMA_POOLING_TYPE_NONE:
+        raise _NoSpeculation(f"the engine gives no hidden rows where it pools (pooling_type={llama.pooling_type()})")
     target = _engine.Context(library, llama._ctx.ctx, owned=False)
-    model = _engine.Model(
-        library,
-        draft.model_path,
-        like=bytes(llama.model_params),
-        load_mtp=True,
-        **({} if draft.n_gpu_layers is None else {"n_gpu_layers": _n_gpu_layers(draft.n_gpu_layers)}),
-    )
+    if target.n_rs_seq < depth:
+        raise _NoSpeculation("the engine could not create a context with snapshots (its log on stderr says why)")
     with _contextlib.ExitStack() as on_error:
-        on_error.callback(model.close)
-        context = _mtp_context(model, target, llama, draft)
-        on_error.callback(context.close)
-        drafter = _MtpDrafter(context, gate=draft._gate(), on_close=model.close)
+        try:
+            model = _engine.Model(
+                library,
+                draft.model_path,
+                like=bytes(llama.model_params),
+                load_mtp=True,
+                kv_overrides=_kv_overrides(llama),
+                **({} if draft.n_gpu_layers is None else {"n_gpu_layers": _n_gpu_layers(draft.n_gpu_layers)}),
+            )
+            on_error.callback(model.close)
+            context = _mtp_context(model, target, llama, draft)
+            on_error.callback(context.close)
+            drafter = _MtpDrafter(context, gate=draft._gate(), on_close=model.close)
+        except ValueError as err:
+            raise _NoSpeculation(str(err)) from None
+        if (context.n_embd_out, context.n_vocab) != (target.n_embd_out, target.n_vocab):
+            raise ValueError(f"{draft.model_path} does not belong to {llama.model_path} as the engine loaded it")
         draft._attach(_CommonSpeculative(target, drafter, n_draft=depth))
         on_error.pop_all()
     # The host's stack runs backwards: the head goes before the target.
     llama._stack.callback(draft._detach)
     return _Session(llama, draft)
+
+
+def _kv_overrides(llama: _t.Any) -> _t.Any:
+    """The Llama's overrides of metadata, which are the head's too: what it is told of its trunk's shape."""
+    address = _ctypes.cast(llama.model_params.kv_overrides, _ctypes.c_void_p).value or 0
+    return _engine.ffi.cast("struct llama_model_kv_override *", address)
 
 
 def _n_gpu_layers(n: int) -> int:
@@ -238,12 +354,17 @@ class _Session:
         self._spec: _CommonSpeculative = draft._spec
         self._active = True
         self._warned = False
+        # Of the last decode, the output row that is the Llama's last token, and how many there are; None while
+        # that is the last one, as the host assumes.
+        self.row: tuple[int, int] | None = None
+        # Positions 0 <= p < known hold input_ids[p]; behind them an app may have decoded what that does not hold.
+        self._known = 0
         # Tokens that the app wants of the generation that begins next, and still wants of the one that runs; None
         # where nobody has said.
         self._wanted: int | None = None
         self._remaining: int | None = None
-        # The host's generator of the generation begun last. One that is dropped later, perhaps by another thread
-        # while this one runs, has no say any more.
+        # The host's generator of the generation that ran last. Another one that is dropped meanwhile, perhaps by
+        # another thread, has no say.
         self._generation: object = None
         # The host's generation loop is running, as opposed to the app, which may evaluate between two tokens.
         self._in_loop = False
@@ -252,9 +373,6 @@ class _Session:
         # A step that changes both the engine's memory and our account of it was begun and not ended (an interrupt):
         # what the memory holds is not known.
         self._uncertain = False
-        # Of the last decode, the output row that is the Llama's last token, and how many there are; None while
-        # that is the last one, as the host assumes.
-        self._row: tuple[int, int] | None = None
 
     # -- the Llama's methods --
 
@@ -264,7 +382,10 @@ class _Session:
         # Only here does the host say how many tokens are wanted: no draft goes beyond them.
         max_tokens = kwargs.get("max_tokens")
         self._wanted = max_tokens if max_tokens is not None and max_tokens > 0 else None
-        yield from host_create_completion(*args, **kwargs)
+        try:
+            yield from host_create_completion(*args, **kwargs)
+        finally:
+            self._wanted = None  # it may have ended before it generated anything
 
     def generate(
         self, host_generate: _t.Callable[..., _t.Any], *args: _t.Any, **kwargs: _t.Any
@@ -272,10 +393,11 @@ class _Session:
         self.settle()
         self._active = self._llama.draft_model is self._draft  # an app may take the draft away, and put it back
         self._remaining, self._wanted = self._wanted, None
-        self._generation = tokens = host_generate(*args, **kwargs)
+        tokens = host_generate(*args, **kwargs)
         sent: _t.Sequence[int] | None = None
         try:
             while True:
+                self._generation = tokens
                 with self._loop():
                     try:
                         token = tokens.send(sent)
@@ -310,8 +432,8 @@ class _Session:
         if self._closed():
             raise RuntimeError("the Llama is closed")
         n_tokens = self._llama.n_tokens
-        if self._row is not None and kwargs.get("idx") in (None, n_tokens - 1):
-            row, n_rows = self._row
+        if self.row is not None and kwargs.get("idx") in (None, n_tokens - 1):
+            row, n_rows = self.row
             kwargs["idx"] = n_tokens + row - n_rows
         return host_sample(*args, **kwargs)
 
@@ -327,9 +449,9 @@ class _Session:
         self.settle()
         try:
             host_load_state(state)
+            self._known = self._llama.n_tokens
         finally:
             self._spec.begin(_SEQ)  # hidden rows are no part of a state: cold until a token is evaluated
-        self._row = None
 
     # -- inside --
 
@@ -349,8 +471,8 @@ class _Session:
             self._remaining -= 1
         if self._drafts is None:
             return
-        assert self._row is not None
-        row = self._row[0]
+        assert self.row is not None
+        row = self.row[0]
         if row >= len(self._drafts):
             return
         if self._drafts[row] == token:
@@ -371,32 +493,38 @@ class _Session:
         if self._drafts is None:
             return
         self._drafts, self._uncertain = None, True
-        assert self._row is not None
+        assert self.row is not None
         try:
-            self._spec.accept(_SEQ, self._row[0])
+            self._spec.accept(_SEQ, self.row[0])
         except _RollbackRefused as err:
             self._give_up(str(err), reevaluate=True)
         self._uncertain = False
+
+    def overtake(self) -> None:
+        """Somebody decodes on the Llama's context: that finds the Llama's tokens in memory, and gives other rows."""
+        self.settle()
+        self.row = None
 
     def close(self) -> None:
         """Free the head; the Llama is about to load another model."""
         self._draft._detach()
 
     def _closed(self) -> bool:
-        return self._draft._spec is not self._spec
+        return self._draft._spec is not self._spec or self._llama._ctx.ctx is None
 
     def _forget(self) -> None:
-        self._drafts = self._row = None
+        self._drafts = self.row = None
         self._uncertain = False
+        self._known = 0
         self._spec.begin(_SEQ)
 
     def _advance(self, token: int) -> bool:
         """The loop asks for `token`: is it the draft in the row behind the last one?"""
         if self._drafts is None:
             return False
-        assert self._row is not None
-        row, n_rows = self._row
-        if row >= len(self._drafts) or self._drafts[row] != token:
+        assert self.row is not None
+        row, n_rows = self.row
+        if row >= len(self._drafts) or self._drafts[row] != token or self._llama.n_tokens != self._known:
             return False
         self._commit(token, row + 1, n_rows)
         return True
@@ -405,6 +533,8 @@ class _Session:
         """Evaluate `token` together with what may follow it; False where it is to be evaluated alone."""
         llama = self._llama
         n_past = llama.n_tokens
+        if self._spec.target.seq_pos_max(_SEQ) != n_past - 1:
+            return False  # the app changed one of them: what a plain run makes of that is the host's affair
         room = len(llama.input_ids) - 1 - n_past
         if self._remaining is not None:
             room = min(room, self._remaining - 1)
@@ -431,13 +561,19 @@ class _Session:
         llama = self._llama
         n_past = llama.n_tokens
         self._uncertain = True
-        self._row = (row, n_rows)
+        self.row = (row, n_rows)
         llama.input_ids[n_past] = token
         if llama._logits_all:
             llama.scores[n_past, :] = self._spec.target.logits(row)
         llama.n_tokens = n_past + 1
         llama._requires_eval = False
+        self._note(n_past, 1)
         self._uncertain = False
+
+    def _note(self, n_past: int, n: int) -> None:
+        """The Llama evaluated n tokens at n_past."""
+        if n_past <= self._known:
+            self._known = n_past + n
 
     def _eval_plain(self, host_eval: _t.Callable[..., None], tokens: _t.Sequence[int]) -> None:
         """The host's eval, chunk by chunk as it would cut them, keeping hidden rows of the last window.
@@ -445,32 +581,52 @@ class _Session:
         Hidden rows live until the next decode, so each chunk's are taken before the next chunk.
         """
         llama, spec = self._llama, self._spec
-        self._row = None
-        if not self._active:
-            spec.target.set_hidden(_engine.HIDDEN_OFF)
-            return host_eval(tokens)
+        self.row = None
         for i in range(0, len(tokens), llama.n_batch):
             chunk = tokens[i : i + llama.n_batch]
             n_past = llama.n_tokens
-            n = max(0, len(chunk) - max(0, len(tokens) - spec.drafter.window - i))
+            n = max(0, len(chunk) - max(0, len(tokens) - spec.drafter.window - i)) if self._active else 0
             spec.target.set_hidden(
                 _engine.HIDDEN_OFF if n == 0 else _engine.HIDDEN_OUTPUTS if len(chunk) == 1 else _engine.HIDDEN_ALL
             )
-            host_eval(chunk)
-            hidden = _np.empty((n, spec.target.n_embd_out), dtype=_np.float32)
-            for j in range(n):
-                spec.target.hidden(len(chunk) - n + j, hidden[j])
-            spec.process(_SEQ, n_past, chunk, hidden)
+            before = spec.target.seq_pos_max(_SEQ)
+            try:
+                host_eval(chunk)
+            except BaseException:
+                # A decode that fails may take more with it than its own rows; one that is interrupted may leave rows
+                # that the host does not count.
+                self._uncertain = spec.target.seq_pos_max(_SEQ) not in (before, llama.n_tokens - 1)
+                raise
+            self._note(n_past, len(chunk))
+            if n:
+                hidden = _np.empty((n, spec.target.n_embd_out), dtype=_np.float32)
+                for j in range(n):
+                    spec.target.hidden(len(chunk) - n + j, hidden[j])
+                spec.process(_SEQ, n_past, chunk, hidden)
 
     def _reevaluate(self) -> None:
-        """The engine's memory is of no use: clear it and evaluate the Llama's tokens again."""
+        """The engine's memory is of no use: clear it and evaluate the Llama's tokens again.
+
+        Raises:
+            RuntimeError: not all of what it held is known.
+        """
         llama = self._llama
-        tokens = llama.input_ids[: llama.n_tokens].tolist()
+        n_tokens, known = llama.n_tokens, self._known
         self._forget()
         llama._ctx.kv_cache_clear()
         llama.n_tokens = 0
-        if tokens:
-            llama.eval(tokens)
+        if n_tokens > known:
+            raise RuntimeError(
+                f"MtpDraft: the engine lost its memory, and only {known} of the {n_tokens} rows that it held were "
+                "evaluated through this Llama; evaluate the prompt again"
+            )
+        try:
+            if n_tokens:
+                llama.eval(llama.input_ids[:n_tokens].tolist())
+        except BaseException:
+            llama.n_tokens = self._known = n_tokens  # the tokens are there still; the next call tries again
+            self._uncertain = True
+            raise
 
     def _give_up(self, why: str, *, reevaluate: bool) -> None:
         """Decode plainly for the rest of this generation. The app is told once, and last: a warning may be raised."""

@@ -62,10 +62,13 @@ class MtpDrafter:
         self._on_close = on_close
         self._batch = _engine.Batch(self.window, n_embd_out=context.n_embd_out)
         self._sequences: dict[int, _Sequence] = {}
+        self._closed = False
         self.n_decodes = 0
         context.set_hidden(_engine.HIDDEN_OUTPUTS)
 
     def process(self, seq_id: int, n_past: int, tokens: _t.Sequence[int], hidden: _engine.Floats) -> None:
+        if self._closed:
+            return
         s = self._sequences.get(seq_id)
         if s is None:
             s = self._sequences[seq_id] = _Sequence(self.window, self._context.n_embd_out)
@@ -80,6 +83,8 @@ class MtpDrafter:
         s.lo = max(s.lo, end - self.window)
 
     def draft(self, seq_id: int, n_past: int, id_last: int, n_max: int) -> list[int]:
+        if self._closed:
+            raise RuntimeError("the drafter is closed")  # the engine would not survive being asked
         s = self._sequences.get(seq_id)
         if s is None or s.hi != n_past or s.lo >= s.hi:
             return []  # cold: the hidden row of n_past - 1 is not known
@@ -119,11 +124,14 @@ class MtpDrafter:
         s.hi = min(s.hi, n_past)
         s.lo = min(s.lo, s.hi)
         if s.kv_hi > n_past:
-            self._context.seq_rm(seq_id, n_past)
-            s.kv_hi = n_past
-            s.kv_lo = min(s.kv_lo, n_past)
+            if self._context.seq_rm(seq_id, n_past):
+                s.kv_hi = n_past
+                s.kv_lo = min(s.kv_lo, n_past)
+            else:
+                self._clear(seq_id, s)
 
     def close(self) -> None:
+        self._closed = True
         self._sequences.clear()
         self._context.close()
         if self._on_close is not None:

@@ -165,3 +165,163 @@ def test_a_draft_is_not_made_of_a_file_that_is_no_head(plant: Plant, tmp_path: P
     page.write_text("<!DOCTYPE html><title>404</title>")
     with pytest.raises(ValueError, match="page.gguf is a web page"):
         MtpDraft(page)
+
+
+MANY = """
+import json, sys, warnings
+from ds4_mtp_plugin import MtpDraft
+from llama_cpp import Llama
+
+base, head, prompt, cases = json.loads(sys.argv[1])
+
+def run(options, draft):
+    tokens, error = [], None
+    try:
+        llm = Llama(
+            base, draft_model=draft, **{"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1, "verbose": False, **options}
+        )
+        for token in llm.generate(prompt, temp=0.0):
+            tokens.append(token)
+            if len(tokens) == 40:
+                break
+        llm.close()
+    except (ValueError, RuntimeError) as err:
+        error = f"{type(err).__name__}: {err}"
+    return [tokens, error]
+
+for options in cases:
+    draft = MtpDraft(head)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        drafted = run(options, draft)
+    told = [str(warning.message) for warning in caught]
+    print(json.dumps([run(options, None), drafted, draft.stats.accepted, told]), flush=True)
+"""
+
+
+def run_many(files: Planted, cases: list[dict[str, Any]]) -> list[Any]:
+    """For each case: [tokens, error] without a draft, the same with one, drafts accepted, warnings."""
+    prompt = np.random.default_rng(1).integers(260, 500, 20).tolist()
+    argv = [sys.executable, "-c", MANY, json.dumps([str(files.trunk), str(files.mtp), prompt, cases])]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_options_of_the_host_change_the_plain_text_alone(plant: Plant) -> None:
+    """Whatever they make of the text, it is the same with a draft."""
+    cases: list[dict[str, Any]] = [
+        {"n_ctx": 0},
+        {"n_batch": 4, "n_ubatch": 512},
+        {"n_threads": 0, "n_threads_batch": 0},
+        {"n_threads": -1, "n_threads_batch": -1},
+        {"n_threads": 3, "n_threads_batch": 5},
+        {"logits_all": True},
+        {"flash_attn": True},
+        {"offload_kqv": False, "op_offload": False},
+        {"swa_full": False},
+        {"numa": True},
+        {"split_mode": 0, "main_gpu": 3},
+        {"split_mode": 2},
+        {"split_mode": 99, "main_gpu": -1},
+        {"tensor_split": [1.0]},
+        {"n_gpu_layers": -1},
+        {"use_mmap": False, "use_mlock": True},
+        {"rope_scaling_type": 0},
+        {"rope_scaling_type": 2, "yarn_ext_factor": 1.0, "yarn_orig_ctx": 128},
+        {"rope_scaling_type": 77},
+        {"rope_freq_base": 500.0},
+        {"rope_freq_scale": 0.5},
+        {"rope_freq_scale": -1.0},
+        {"yarn_attn_factor": 0.5, "yarn_beta_fast": 1.0, "yarn_beta_slow": 5.0},
+        {"attention_type": 0},
+        {"type_k": 0, "type_v": 0},
+        {"type_k": 8, "type_v": 8, "flash_attn": True},
+        {"last_n_tokens_size": -1},
+        {"seed": -1},
+        {"spm_infill": True},
+        {"kv_overrides": {"deepseek4.attention.sliding_window": 64}},
+        {"kv_overrides": {"deepseek4.rope.freq_base": 500.0, "a": "text", "b": True}},
+        {"kv_overrides": {"tokenizer.ggml.eos_token_id": 300}},
+        {"n_seq_max": 4, "load_mtp": True, "n_rs_seq": 1},  # which the host swallows
+    ]
+    for options, (plain, drafted, accepted, told) in zip(cases, run_many(plant(**BY_CONTEXT), cases)):
+        assert drafted == plain, options
+        assert plain[1] is None and accepted > 0 and not told, options
+
+
+def test_where_nothing_can_be_drafted_a_warning_says_why(plant: Plant) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"attention_type": 1}, "no speculation: a row would see the drafts behind it"),
+        ({"attention_type": 7}, "no speculation: a row would see the drafts behind it"),
+        ({"pooling_type": 1}, "no speculation: the engine gives no hidden rows where it pools"),
+        ({"kv_overrides": {"deepseek4.pooling_type": 1}}, "no speculation: the engine gives no hidden rows where it"),
+        ({"kv_overrides": {"deepseek4.attention.sliding_window": 0}}, "no speculation: the engine could not create"),
+        ({"rope_freq_base": -5.0}, "decoding plainly: drafting failed: the last decode has no finite logits"),
+    ]
+    found = run_many(plant(**BY_CONTEXT), [options for options, _ in cases])
+    for (options, message), (plain, drafted, accepted, told) in zip(cases, found):
+        assert drafted == plain and plain[1] is None, options
+        assert len(told) == 1 and message in told[0] and accepted == 0, options
+
+
+def test_values_that_are_none_are_an_error_as_without_a_draft(plant: Plant) -> None:
+    cases: list[dict[str, Any]] = [
+        {"type_k": 8},
+        {"type_v": 99},
+        {"n_ctx": -1},
+        {"n_ctx": 2**31},
+        {"n_batch": 0},
+        {"split_mode": 3},
+        {"n_ctx": 2},
+        {"kv_overrides": {"deepseek4.expert_used_count": 1}},
+    ]
+    for options, (plain, drafted, _, told) in zip(cases, run_many(plant(), cases)):
+        assert drafted == plain and plain[1] and not told, options
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"n_batch": -1}, "ValueError: n_batch is -1, expected 0 or more"),
+        ({"type_k": -1}, "ValueError: type_k is -1, expected 0 or more"),
+        ({"type_v": -1}, "ValueError: type_v is -1, expected 0 or more"),
+        ({"lora_path": "none.gguf"}, "RuntimeError: Failed to initialize LoRA adapter from lora path: none.gguf"),
+        ({"kv_overrides": {"deepseek4.hyper_connection.count": 2}}, "has 2 hyper-connection streams; expected 4"),
+        ({"kv_overrides": {"deepseek4.attention.causal": False}}, "its attention is not causal"),
+    ],
+    ids=str,
+)
+def test_values_that_no_text_comes_of_are_refused(plant: Plant, options: dict[str, Any], error: str) -> None:
+    files = plant()
+    done = run(files.trunk, files.mtp, [300], **options)
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert error in done.stderr.splitlines()[-1]
+
+
+EMBED = """
+import sys, warnings
+from ds4_mtp_plugin import MtpDraft
+from llama_cpp import Llama
+warnings.simplefilter("ignore")
+draft = MtpDraft(sys.argv[2]) if len(sys.argv) > 2 else None
+llm = Llama(sys.argv[1], n_ctx=256, n_threads=1, embedding=True, verbose=False, draft_model=draft)
+for call in (lambda: llm.embed("hello"), lambda: llm.create_embedding(["a", "b"]), lambda: llm("a", max_tokens=3)):
+    try:
+        call()
+    except RuntimeError as err:
+        print(err)
+llm.close()
+"""
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_embeddings_of_this_architecture_are_an_error_and_not_the_end(plant: Plant, draft: bool) -> None:
+    """The engine copies more than there is of each row, which an assertion of it ends the process for."""
+    files = plant()
+    argv = [sys.executable, "-c", EMBED, str(files.trunk), *([str(files.mtp)] if draft else [])]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("the engine gives no embeddings of a model with hyper-connection") for line in lines)

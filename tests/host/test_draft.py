@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import pickle
 import warnings
@@ -9,11 +10,12 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 from llama_cpp import Llama
 
-from ds4_mtp_plugin import MtpDraft, engine
+from ds4_mtp_plugin import MtpDraft, engine, host
 from tests.fixtures.planted import BY_CONTEXT, SMALL, TINY, Planted
 from tests.text import generate
 
@@ -31,6 +33,10 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_options_are_checked(plant: Plant) -> None:
     with pytest.raises(ValueError, match="num_pred_tokens is -1"):
         MtpDraft(plant().mtp, num_pred_tokens=-1)
+    with pytest.raises(TypeError, match="num_pred_tokens is 2.5, expected an integer"):
+        MtpDraft(plant().mtp, num_pred_tokens=2.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="n_gpu_layers is '1', expected an integer"):
+        MtpDraft(plant().mtp, n_gpu_layers="1")  # type: ignore[arg-type]
 
 
 def test_a_trunk_is_not_a_head(llama: Make, plant: Plant) -> None:
@@ -53,6 +59,31 @@ def test_a_draft_serves_one_llama_at_a_time(llama: Make, plant: Plant) -> None:
     assert len(generate(first, [300], 5)) == 5
     first.close()
     assert len(generate(llama(files.trunk, draft_model=draft), [300], 5)) == 5
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy])
+def test_a_copied_llama_has_a_draft_of_its_own(llama: Make, plant: Plant, make: Callable[[Llama], Llama]) -> None:
+    files = plant(acceptance=0.8)
+    prompt = files.cycle[:4].tolist()
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))
+    generate(llm, prompt, 10)
+    twin = make(llm)
+    try:
+        assert generate(twin, prompt, 50) == files.follow(prompt[-1], 50)
+        assert twin.draft_model.stats.depth == 3 and twin.draft_model.stats.accepted > 0
+    finally:
+        twin.close()
+    assert generate(llm, prompt, 50) == files.follow(prompt[-1], 50)
+
+
+def test_a_draft_in_use_is_refused_before_the_model_is_loaded(
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = MtpDraft(plant().mtp)
+    llama(plant().trunk, draft_model=draft)
+    monkeypatch.delattr(llama_cpp._internals, "LlamaModel")
+    with pytest.raises(ValueError, match="in use by another Llama"):
+        llama(plant().trunk, draft_model=draft)
 
 
 def test_zero_tokens_draft_none(llama: Make, plant: Plant) -> None:
@@ -166,6 +197,188 @@ def test_a_failure_inside_is_told_once_and_changes_no_text(
     before = stats.iters
     assert generate(llm, [300], 80) == generate(llama(files.trunk), [300], 80)
     assert spec.stats().iters > before  # the next generation drafts again
+
+
+@pytest.mark.parametrize("what", ["the model", "a context", "snapshots"])
+def test_memory_refused_for_the_head_leaves_a_plain_llama(
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    files = plant(**BY_CONTEXT)
+    plain = generate(llama(files.trunk), [300, 301, 302], 60)
+    with monkeypatch.context() as patch:
+        lib = engine.Library(host.library_path()).lib
+        if what == "snapshots":
+            create = llama_cpp._internals.llama_cpp.llama_init_from_model
+            patch.setattr(
+                llama_cpp._internals.llama_cpp,
+                "llama_init_from_model",
+                lambda model, params: None if params.n_rs_seq else create(model, params),
+            )
+        else:
+            name = {"the model": "llama_model_load_from_file", "a context": "llama_init_from_model"}[what]
+            patch.setattr(engine.Library, "lib", property(lambda _: Refusing(lib, name)), raising=False)
+        draft = MtpDraft(files.mtp)
+        with pytest.warns(RuntimeWarning, match="no speculation: the engine could not") as caught:
+            llm = llama(files.trunk, draft_model=draft)
+    assert len(caught) == 1
+    assert generate(llm, [300, 301, 302], 60) == plain
+    assert draft.stats.iters == 0
+    assert [llm._ctx.kv_cache_seq_rm(-1, p0, -1) for p0 in (llm.n_tokens - 1, 5)] == [False, False]
+    llm.close()
+    again = llama(files.trunk, draft_model=draft)  # the draft is free for a Llama that there is memory for
+    assert generate(again, [300, 301, 302], 60) == plain
+    assert draft.stats.accepted > 0
+
+
+class Refusing:
+    """The library, but that the function `name` returns null."""
+
+    def __init__(self, lib: object, name: str) -> None:
+        self._lib, self._name = lib, name
+
+    def __getattr__(self, name: str) -> object:
+        return (lambda *_: engine.ffi.NULL) if name == self._name else getattr(self._lib, name)
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_rollback_that_the_head_refuses_costs_no_text_and_no_warning(
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, at: int
+) -> None:
+    files = plant(**BY_CONTEXT)
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))
+    head, calls = llm._ds4_mtp._spec.drafter._context, 0
+    seq_rm = head.seq_rm
+
+    def refusing(seq_id: int, p0: int, p1: int = -1) -> bool:
+        nonlocal calls
+        calls += p0 > 0
+        return False if calls == at + 1 and p0 > 0 else seq_rm(seq_id, p0, p1)
+
+    monkeypatch.setattr(head, "seq_rm", refusing)
+    assert generate(llm, [300, 301, 302], 80) == generate(llama(files.trunk), [300, 301, 302], 80)
+    assert calls > at + 1 and llm.draft_model.stats.accepted > 0
+    assert not [warning for warning in recwarn if "MtpDraft" in str(warning.message)]
+
+
+@pytest.mark.parametrize("at", range(9))
+def test_a_drafter_closed_in_the_middle_costs_no_text(llama: Make, plant: Plant, at: int) -> None:
+    files = plant(**BY_CONTEXT)
+    plain = generate(llama(files.trunk), [300, 301, 302], 60)
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))
+    generation = llm.generate([300, 301, 302], temp=0.0)
+    tokens = [next(generation) for _ in range(at)]
+    llm._ds4_mtp._spec.drafter.close()
+    with pytest.warns(RuntimeWarning, match="the drafter is closed") as caught:
+        tokens += [next(generation) for _ in range(60 - at)]
+        generation.close()
+        assert generate(llm, [300, 301, 302], 60) == plain
+    assert tokens == plain
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("at", range(9))
+@pytest.mark.parametrize("what", ["the Llama", "its model", "its context"])
+def test_a_model_freed_in_the_middle_is_an_error_and_not_the_end(llama: Make, plant: Plant, what: str, at: int) -> None:
+    files = plant(**BY_CONTEXT)
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))
+    generation = llm.generate([300, 301, 302], temp=0.0)
+    for _ in range(at):
+        next(generation)
+    {"the Llama": llm, "its model": llm._model, "its context": llm._ctx}[what].close()
+    if at:
+        with pytest.raises(RuntimeError, match="the Llama is closed"):
+            next(generation)
+    generation.close()
+    with pytest.raises(RuntimeError, match="the Llama is closed"):
+        llm.eval([300])
+    llm.close()
+
+
+@pytest.mark.parametrize("at", range(1, 8))
+def test_a_reevaluation_that_fails_is_tried_again(
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Memory is refused for the verify, and then for what is to replace it; later there is some."""
+    files = plant(**BY_CONTEXT)
+    llm = llama(files.trunk, n_batch=8, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))
+    target, decode = llm._ds4_mtp._spec.target, llm._ctx.decode
+    prompt = list(range(300, 330))
+    generation = llm.generate(prompt, temp=0.0)
+    tokens = [next(generation) for _ in range(at)]
+    calls = 0
+
+    def failing(batch: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise RuntimeError("llama_decode returned -2")
+        decode(batch)
+
+    def refused(batch: object) -> None:
+        raise engine.DecodeError("injected", -2)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="returned -2"):
+        patch.setattr(target, "decode", refused)
+        patch.setattr(llm._ctx, "decode", failing)
+        while True:
+            tokens.append(next(generation))
+    text = prompt + tokens
+    assert llm.n_tokens == len(text) - 1 and llm._input_ids.tolist() == text[:-1]
+    llm.eval(text[-1:])
+    assert target.seq_pos_max(0) == llm.n_tokens - 1
+    assert [llm.sample(temp=0.0)] == generate(llama(files.trunk), text, 1)
+    assert generate(llm, text, 40) == generate(llama(files.trunk), text, 40)
+
+
+def test_a_prompt_whose_decode_takes_the_memory_with_it_is_evaluated_again(
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = plant(**BY_CONTEXT)
+    llm = llama(files.trunk, n_batch=8, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))
+    decode, calls = llm._ctx.decode, 0
+
+    def failing(batch: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            llama_cpp.llama_memory_clear(llm._ctx.memory, True)
+            raise RuntimeError("llama_decode returned -3")
+        decode(batch)
+
+    prompt = list(range(300, 330))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="returned -3"):
+        patch.setattr(llm._ctx, "decode", failing)
+        llm.eval(prompt)
+    assert llm.n_tokens == 16
+    assert generate(llm, prompt, 40) == generate(llama(files.trunk), prompt, 40)
+
+
+@pytest.mark.parametrize("where", ["verify", "rollback"])
+def test_rows_that_only_the_app_knows_are_not_made_up(
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """A picture's rows have no tokens: where the engine lost them, an error says so, and the next prompt is right."""
+    files = plant(acceptance=0.3)
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))
+    target = llm._ds4_mtp._spec.target
+    llm.eval([300, 301, 302])
+    batch = llama_cpp._internals.LlamaBatch(n_tokens=4, embd=0, n_seq_max=1)
+    batch.set_batch([310, 311, 312, 313], 3, False)
+    llama_cpp.llama_decode(llm.ctx, batch.batch)
+    llm.n_tokens = 7
+    llm.eval([320])
+
+    def refused(*_: object) -> bool:
+        if where == "verify":
+            raise engine.DecodeError("injected", -3)
+        return False
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="only 3 of the "):
+        patch.setattr(target, "decode" if where == "verify" else "seq_rm", refused)
+        for _ in llm.generate([330], reset=False, temp=0.0):
+            pass
+    assert (llm.n_tokens, target.seq_pos_max(0)) == (0, -1)
+    assert generate(llm, files.cycle[:9].tolist(), 40) == files.follow(int(files.cycle[8]), 40)
 
 
 @pytest.mark.parametrize("where", ["verify", "draft"])

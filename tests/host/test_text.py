@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 from llama_cpp import Llama, LogitsProcessorList, StoppingCriteriaList
@@ -146,13 +147,147 @@ def test_an_app_may_evaluate_and_sample_between_tokens(llama: Make, plant: Plant
     assert run(llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))) == run(llama(files.trunk))
 
 
+def test_a_consumer_may_send_tokens(llama: Make, plant: Plant) -> None:
+    """The host evaluates what is sent behind the token that it yielded, and compares it with what it samples next."""
+    files = plant(**BY_CONTEXT)
+    text = generate(llama(files.trunk), [300, 301, 302], 60)
+
+    def run(llm: Llama, at: int) -> tuple[list[int], str, int]:
+        generation = llm.generate([300, 301, 302], temp=0.0)
+        tokens, error = [next(generation)], ""
+        try:
+            while len(tokens) < 40:
+                if len(tokens) == at:
+                    tokens.append(generation.send([400]))  # which the text does not go on with
+                elif len(tokens) % 3 == 0:
+                    tokens.append(generation.send([text[len(tokens)]]))
+                else:
+                    tokens.append(next(generation))
+        except RuntimeError as err:
+            error = str(err)
+        generation.close()
+        return tokens, error, llm.n_tokens
+
+    for at in (99, 5, 6, 8, 9):
+        draft = MtpDraft(files.mtp, num_pred_tokens=3)
+        drafted = run(llama(files.trunk, logits_all=True, draft_model=draft), at)
+        assert drafted == run(llama(files.trunk, logits_all=True), at)
+        assert draft.stats.iters > 0
+        assert (drafted[0] == text[:40]) == (at == 99)
+
+
+@pytest.mark.parametrize("who", ["criterion", "consumer"])
+@pytest.mark.parametrize("at", range(2, 9))
+def test_who_raises_leaves_a_whole_llama(llama: Make, plant: Plant, who: str, at: int) -> None:
+    files = plant(**BY_CONTEXT)
+
+    def run(llm: Llama) -> tuple[list[int], int, int, list[int]]:
+        tokens, n = [300, 301, 302], 0
+
+        def criterion(input_ids: Any, logits: Any) -> bool:
+            nonlocal n
+            n += 1
+            if who == "criterion" and n == at:
+                raise LookupError
+            return False
+
+        with pytest.raises(LookupError):
+            generation = llm.generate(tokens[:], temp=0.0, stopping_criteria=StoppingCriteriaList([criterion]))
+            for token in generation:
+                tokens.append(token)
+                if who == "consumer" and n == at:
+                    generation.throw(LookupError)
+        pos_max = llama_cpp.llama_memory_seq_pos_max(llm._ctx.memory, 0)
+        return tokens, llm.n_tokens, pos_max, generate(llm, [*tokens, 400], 40)
+
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))
+    assert run(llm) == run(llama(files.trunk))
+
+
+def test_an_app_may_use_the_context_between_tokens(llama: Make, plant: Plant) -> None:
+    """It finds the memory, and gets the rows of logits, of a run without drafts."""
+    files = plant(**BY_CONTEXT)
+
+    def run(llm: Llama, then: str, n: int) -> list[Any]:
+        seen: list[Any] = []
+        generation = llm.generate([300, 301, 302], temp=0.0)
+        for _ in range(n):
+            seen.append(next(generation))
+            seen.append(np.ctypeslib.as_array(llm._ctx.get_logits(), (512,)).tolist())
+        if then == "clear":
+            llm._ctx.kv_cache_clear()
+            return [*seen, *(next(generation) for _ in range(9))]
+        if then == "remove":
+            seen.append(llm._ctx.kv_cache_seq_rm(-1, llm.n_tokens, -1))
+            seen.append(llama_cpp.llama_memory_seq_pos_max(llm._ctx.memory, 0))
+            return seen
+        if then == "rewind":
+            llm.n_tokens -= 1
+            with pytest.raises(RuntimeError) as caught:
+                for _ in range(3):
+                    seen.append(next(generation))
+            return [*seen, str(caught.value)]
+        batch = llama_cpp._internals.LlamaBatch(n_tokens=2, embd=0, n_seq_max=1)
+        batch.set_batch([310, 311], llm.n_tokens, False)
+        llm._ctx.decode(batch)
+        llm.input_ids[llm.n_tokens : llm.n_tokens + 2] = [310, 311]
+        llm.n_tokens += 2
+        seen.append(llm.sample(temp=0.0))
+        generation.close()
+        return [*seen, *generate(llm, [*llm._input_ids.tolist(), seen[-1]], 9)]
+
+    for then in ("clear", "remove", "rewind", "decode"):
+        for n in range(3, 9):
+            draft = MtpDraft(files.mtp, num_pred_tokens=3)
+            assert run(llama(files.trunk, draft_model=draft), then, n) == run(llama(files.trunk), then, n)
+            assert draft.stats.iters > 0
+
+
+def test_generations_that_take_turns_end_as_they_do_plainly(llama: Make, plant: Plant) -> None:
+    """They spoil each other's text, as in the host; the memory holds what the Llama says all the same."""
+    files = plant(acceptance=1.0)
+
+    def run(llm: Llama, n: int) -> tuple[list[int], int, int]:
+        first = llm.generate([310, 311, 312], temp=0.0)
+        tokens = [next(first)]
+        second = llm.generate([300, 301], temp=0.0)
+        tokens.append(next(second))
+        second.close()
+        tokens += [next(first) for _ in range(n)]
+        first.close()
+        return tokens, llm.n_tokens, llama_cpp.llama_memory_seq_pos_max(llm._ctx.memory, 0)
+
+    for n in range(1, 9):
+        draft = MtpDraft(files.mtp, num_pred_tokens=3)
+        assert run(llama(files.trunk, draft_model=draft), n) == run(llama(files.trunk), n)
+    assert draft.stats.accepted > 0
+
+
+def test_states_go_from_a_llama_with_a_draft_to_one_without_and_back(llama: Make, plant: Plant) -> None:
+    files = plant(**BY_CONTEXT)
+    prompt = np.random.default_rng(8).integers(260, 500, 130).tolist()
+    both = [llama(files.trunk), llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))]
+    texts = []
+    for source in both:
+        tokens = prompt + generate(source, prompt, 7)
+        state = source.save_state()
+        for target in both:
+            generate(target, [320, 321], 5)
+            target.load_state(state)
+            texts.append(target.sample(temp=0.0))  # of the last row that was decoded here, a state holds none
+            texts.append([tokens, *generate(target, [*tokens, 400], 40)])
+    assert texts[1] == texts[3] == texts[5] == texts[7]
+    assert texts[0] == texts[2] == texts[4] == texts[6]
+    assert both[1].draft_model.stats.accepted > 0
+
+
 def test_a_state_saved_between_tokens_is_the_verified_one(llama: Make, plant: Plant) -> None:
     files = plant(**BY_CONTEXT)
     prompt = np.random.default_rng(8).integers(260, 500, 50).tolist()
     llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))
     generation = llm.generate(prompt, temp=0.0)
     session, tokens = llm._ds4_mtp, [next(generation) for _ in range(6)]
-    while not session._drafts or session._row[0] == len(session._drafts):
+    while not session._drafts or session.row[0] == len(session._drafts):
         tokens.append(next(generation))  # into the middle of a verify's rows
     state = llm.save_state()
     n_tokens = 50 + len(tokens) - 1
@@ -242,7 +377,7 @@ def test_hidden_rows_of_another_text_are_forgotten(llama: Make, plant: Plant, by
     state = llm.save_state()
     generation = llm.generate([300, 301, 302, 303], temp=0.0)
     session, tokens = llm._ds4_mtp, [next(generation) for _ in range(3)]
-    while not session._drafts or session._row[0] == len(session._drafts):
+    while not session._drafts or session.row[0] == len(session._drafts):
         tokens.append(next(generation))
     if by == "reset":
         llm.reset()
