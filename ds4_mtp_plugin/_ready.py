@@ -10,7 +10,7 @@ import sys as _sys
 from .engine import LIBRARY_DIR as _LIBRARY_DIR
 from .engine import Library as _Library
 
-# Must be host.py's own HOST_VERSION, which cannot be imported before the host is.
+# The one whose internals host.py and session.py know.
 _HOST_VERSION = "0.3.36"
 
 # Without its own engine, and without leaving such a wheel in pip's cache for projects that want one with it.
