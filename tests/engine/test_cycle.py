@@ -208,6 +208,44 @@ def test_sequences_do_not_disturb_each_other(pair: Callable[..., Pair]) -> None:
         assert texts[seq_id] == whole[: len(texts[seq_id])]
 
 
+def test_each_sequence_has_the_text_that_it_has_alone(pair: Callable[..., Pair]) -> None:
+    """Here the context decides: a row that another sequence sees, or a rollback of the wrong one, shows."""
+    p = pair(3, n_seq=3, n_ctx=512, **BY_CONTEXT)
+    rng = np.random.default_rng(6)
+    prompts = [rng.integers(260, 500, n).tolist() for n in (5, 150, 40, 70)]
+
+    def alone(prompt: list[int], n: int) -> list[int]:
+        context = p._models[0].new_context(n_ctx=512, n_threads=1, n_threads_batch=1)
+        context.decode(p._batch.set(prompt, 0, 0))
+        text = [context.best().id]
+        for i in range(n - 1):
+            context.decode(p._batch.set(text[-1:], len(prompt) + i, 0))
+            text.append(context.best().id)
+        context.close()
+        return text
+
+    def begin(prompt: list[int], seq_id: int) -> tuple[list[int], list[int], Iterator[int]]:
+        id_last = p.prompt(prompt, seq_id=seq_id)
+        return prompt, [id_last], p.greedy(id_last, len(prompt), 300, seq_id)
+
+    streams = [begin(prompts[seq_id], seq_id) for seq_id in range(3)]
+    ended = []
+    for i in range(90):
+        for seq_id, (_, text, stream) in enumerate(streams):
+            if i % (seq_id + 1) == 0:  # each at a pace of its own
+                text.append(next(stream))
+        if i == 40:  # in the middle of whatever the others do
+            ended.append(streams[1])
+            p.spec.begin(1)
+            p.target.seq_rm(1, -1)
+            streams[1] = begin(prompts[3], 1)
+    for prompt, text, _ in (*streams, *ended):
+        assert len(text) > 20
+        assert text == alone(prompt, len(text))
+    stats = p.spec.stats()
+    assert 0 < stats.accepted < stats.proposed
+
+
 def test_a_refused_rollback_is_an_error(pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     p = pair(2, acceptance=0.0)
     id_last = p.prompt([300, 301])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 
+import llama_cpp
 import numpy as np
 import pytest
 
@@ -131,3 +133,35 @@ def test_any_sequence_is_removed_whole_or_not_at_all(model: engine.Model) -> Non
     assert context.seq_rm(-1, -1)
     assert [context.seq_pos_max(0), context.seq_pos_max(1)] == [-1, -1]
     context.close()
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["context", "sequence"])
+def test_a_state_holds_a_pending_removal_and_no_snapshots(model: engine.Model, whole: bool) -> None:
+    """Where it is loaded nothing can be removed before the next decode, whatever was there before."""
+    saved, loaded, fresh = (model.new_context(n_ctx=256, n_rs_seq=4, n_threads=1, n_threads_batch=1) for _ in range(3))
+    batch = engine.Batch(64)
+    saved.decode(batch.set(TEXT[:40], 0, 0))
+    loaded.decode(batch.set(TEXT[200:240], 0, 0))
+    fresh.decode(batch.set(TEXT[:38], 0, 0))
+    assert saved.seq_rm(0, 38)
+
+    source, target = (int(engine.ffi.cast("uintptr_t", context._ptr)) for context in (saved, loaded))
+    if whole:
+        state = (ctypes.c_uint8 * llama_cpp.llama_state_get_size(source))()
+        assert llama_cpp.llama_state_get_data(source, state, len(state)) > 0
+        assert llama_cpp.llama_state_set_data(target, state, len(state)) > 0
+    else:
+        state = (ctypes.c_uint8 * llama_cpp.llama_state_seq_get_size(source, 0))()
+        assert llama_cpp.llama_state_seq_get_data(source, state, len(state), 0) > 0
+        assert llama_cpp.llama_state_seq_set_data(target, state, len(state), 0) > 0
+
+    assert loaded.seq_pos_max(0) == 37
+    assert not loaded.seq_rm(0, 37)
+    for _ in range(2):
+        for context in (saved, loaded, fresh):
+            context.decode(batch.set(TEXT[38:39], 38, 0))
+        np.testing.assert_array_equal(saved.logits(), fresh.logits())
+        np.testing.assert_array_equal(loaded.logits(), fresh.logits())
+        assert [context.seq_rm(0, 38) for context in (saved, loaded, fresh)] == [True] * 3
+    for context in (saved, loaded, fresh):
+        context.close()
