@@ -142,7 +142,8 @@ class MtpDrafter:
         """Drop pairs that no later query can see, if rows up to position `end` do not fit beside them."""
         if end - s.kv_lo > self._capacity:
             s.kv_lo = start - self.window + 1
-            self._context.seq_rm(seq_id, -1, s.kv_lo)
+            if not self._context.seq_rm(seq_id, -1, s.kv_lo):
+                raise RuntimeError(f"the engine refused to remove positions below {s.kv_lo} from the head's memory")
 
     def _clear(self, seq_id: int, s: _Sequence) -> None:
         self._context.seq_rm(seq_id, -1)

@@ -283,11 +283,14 @@ class Session:
                 self._uncertain = spec.target.seq_pos_max(_SEQ) not in (before, llama.n_tokens - 1)
                 raise
             self._note(n_past, len(chunk))
-            if n:
-                hidden = _np.empty((n, spec.target.n_embd_out), dtype=_np.float32)
-                for j in range(n):
-                    spec.target.hidden(len(chunk) - n + j, hidden[j])
-                spec.process(_SEQ, n_past, chunk, hidden)
+            if n and self._active:
+                try:
+                    hidden = _np.empty((n, spec.target.n_embd_out), dtype=_np.float32)
+                    for j in range(n):
+                        spec.target.hidden(len(chunk) - n + j, hidden[j])
+                    spec.process(_SEQ, n_past, chunk, hidden)
+                except Exception as err:
+                    self._give_up(f"keeping hidden rows failed: {err}", reevaluate=False)
 
     def _reevaluate(self) -> None:
         """The engine's memory is of no use: clear it and evaluate the Llama's tokens again.

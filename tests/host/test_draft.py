@@ -113,8 +113,13 @@ def test_stats_outlive_the_llama_and_the_report_is_printed(
     stats = draft.stats
     assert stats.iters == 10 and stats.draft_decodes == 20 and stats.verify_ms > 0 and stats.draft_ms > 0
     llm.close()
+    llm.close()
     assert draft.stats == stats
-    assert f"ds4_mtp_plugin: {stats}\n" in capsys.readouterr().err
+    assert capsys.readouterr().err.count(f"ds4_mtp_plugin: {stats}\n") == 1
+    quiet = llama(files.trunk, draft_model=MtpDraft(files.mtp))
+    generate(quiet, [300], 30)
+    quiet.close()
+    assert "mtp accept" not in capsys.readouterr().err
 
 
 def test_a_dropped_llama_is_freed_at_once(plant: Plant) -> None:
@@ -158,7 +163,7 @@ def test_a_draft_pickles_as_its_options(plant: Plant) -> None:
 
 
 @pytest.mark.parametrize("at", range(6))
-@pytest.mark.parametrize("where", ["verify", "draft", "rollback"])
+@pytest.mark.parametrize("where", ["verify", "hidden rows", "draft", "draft's row", "head's hidden row", "rollback"])
 def test_a_failure_inside_is_told_once_and_changes_no_text(
     llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, where: str, at: int
 ) -> None:
@@ -169,25 +174,27 @@ def test_a_failure_inside_is_told_once_and_changes_no_text(
     calls = 0
 
     def failing(original: Callable[..., object], result: object) -> Callable[..., object]:
-        def call(*args: object) -> object:
+        def call(*args: object, **kwargs: object) -> object:
             nonlocal calls
             calls += 1
             if calls == at + 1:
                 if isinstance(result, Exception):
                     raise result
                 return result
-            return original(*args)
+            return original(*args, **kwargs)
 
         return call
 
-    error = engine.DecodeError("injected", -3)
-    if where == "rollback":
-        monkeypatch.setattr(spec.target, "seq_rm", failing(spec.target.seq_rm, False))
-    elif where == "verify":
-        monkeypatch.setattr(spec.target, "decode", failing(spec.target.decode, error))
-    else:
-        context = spec.drafter._context
-        monkeypatch.setattr(context, "decode", failing(context.decode, error))
+    head = spec.drafter._context
+    owner, name, result = {
+        "verify": (spec.target, "decode", engine.DecodeError("injected", -3)),
+        "hidden rows": (spec.target, "hidden", IndexError("injected")),  # the prompt's three come first
+        "draft": (head, "decode", engine.DecodeError("injected", -3)),
+        "draft's row": (head, "best", IndexError("injected")),
+        "head's hidden row": (head, "hidden", IndexError("injected")),
+        "rollback": (spec.target, "seq_rm", False),
+    }[where]
+    monkeypatch.setattr(owner, name, failing(getattr(owner, name), result))
     with pytest.warns(RuntimeWarning, match="decoding plainly") as caught:
         assert generate(llm, [300, 301, 302], 80) == plain
     assert len(caught) == 1
@@ -258,6 +265,32 @@ def test_a_rollback_that_the_head_refuses_costs_no_text_and_no_warning(
     assert generate(llm, [300, 301, 302], 80) == generate(llama(files.trunk), [300, 301, 302], 80)
     assert calls > at + 1 and llm.draft_model.stats.accepted > 0
     assert not [warning for warning in recwarn if "MtpDraft" in str(warning.message)]
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_a_head_that_keeps_what_it_should_drop_costs_no_text(
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Far into a text its memory, of one size, drops what no query sees any more: here it refuses to."""
+    files = plant(acceptance=1.0)
+    draft = MtpDraft(files.mtp, num_pred_tokens=3)
+    llm = llama(files.trunk, n_ctx=2304, draft_model=draft)
+    head, calls = llm._ds4_mtp._spec.drafter._context, 0
+    seq_rm = head.seq_rm
+
+    def refusing(seq_id: int, p0: int, p1: int = -1) -> bool:
+        nonlocal calls
+        calls += p1 > 0
+        return False if calls == at + 1 and p1 > 0 else seq_rm(seq_id, p0, p1)
+
+    monkeypatch.setattr(head, "seq_rm", refusing)
+    prompt = files.cycle[:3].tolist()
+    with pytest.warns(RuntimeWarning, match="refused to remove positions below") as caught:
+        assert generate(llm, prompt, 1300) == files.follow(prompt[-1], 1300)
+    assert len(caught) == 1
+    before = draft.stats.accepted
+    assert generate(llm, prompt, 100) == files.follow(prompt[-1], 100)
+    assert draft.stats.accepted > before
 
 
 @pytest.mark.parametrize("at", range(9))

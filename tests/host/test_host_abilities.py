@@ -173,6 +173,65 @@ def test_rows_decoded_behind_our_back_make_the_draft_cold_not_wrong(llama: Make,
     assert draft.stats.iters > 0
 
 
+@pytest.mark.parametrize("n_batch", [8, 512])
+def test_a_chat_with_pictures_is_the_plain_one(llama: Make, plant: Plant, n_batch: int) -> None:
+    """What the host's multimodal handlers do: text by eval, the rows of a picture by a decode on the raw context, which
+    leaves no tokens in the Llama, and a completion of all that it counts."""
+    files = plant(**BY_CONTEXT)
+    rng = np.random.default_rng(11)
+    turns = [[rng.integers(260, 500, n).tolist() for n in (20, 6, tail)] for tail in (0, 1, 9, 0)]
+
+    def run(llm: Llama) -> list[str]:
+        answers = []
+        for before, picture, behind in turns:
+            llm.reset()
+            llm._ctx.kv_cache_clear()
+            llm.eval(before)
+            batch = llama_cpp._internals.LlamaBatch(n_tokens=len(picture), embd=0, n_seq_max=1)
+            batch.set_batch(picture, llm.n_tokens, False)
+            assert llama_cpp.llama_decode(llm.ctx, batch.batch) == 0
+            llm.n_tokens += len(picture)
+            if behind:
+                llm.eval(behind)
+            prompt = llm.input_ids[: llm.n_tokens].tolist()
+            answer = llm.create_completion(prompt, max_tokens=40, temperature=0.0)
+            answers.append(answer["choices"][0]["text"])
+        return answers
+
+    draft = MtpDraft(files.mtp, num_pred_tokens=3)
+    assert run(llama(files.trunk, n_batch=n_batch, draft_model=draft)) == run(llama(files.trunk, n_batch=n_batch))
+    assert draft.stats.accepted > 0
+
+
+def lora(path: Path, files: Planted) -> Path:
+    """An adapter of rank 2 that turns the keys of the planted model's first layer."""
+    name = "blk.0.attn_kv.weight"
+    n_out, n_in = next(tensor.data.shape for tensor in gguf.GGUFReader(files.trunk).tensors if tensor.name == name)
+    rng = np.random.default_rng(12)
+    writer = gguf.GGUFWriter(path, "deepseek4")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 2.0)
+    writer.add_tensor(f"{name}.lora_a", rng.standard_normal((2, n_in), np.float32))
+    writer.add_tensor(f"{name}.lora_b", rng.standard_normal((n_out, 2), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_an_adapter_changes_the_text_as_it_does_plainly(llama: Make, plant: Plant, tmp_path: Path) -> None:
+    """It is the target's alone: the head goes on drafting what the model would have said without."""
+    files = plant(**BY_CONTEXT)
+    path = str(lora(tmp_path / "lora.gguf", files))
+    draft = MtpDraft(files.mtp, num_pred_tokens=3)
+    text = generate(llama(files.trunk, lora_path=path, draft_model=draft), [300, 301, 302], 100)
+    assert text == generate(llama(files.trunk, lora_path=path), [300, 301, 302], 100)
+    assert text != generate(llama(files.trunk), [300, 301, 302], 100)
+    assert 0 < draft.stats.accepted < draft.stats.proposed
+
+
 def test_two_llamas_share_one_engine(llama: Make, plant: Plant) -> None:
     files = plant(acceptance=0.8)
     drafted = [llama(files.trunk, draft_model=MtpDraft(files.mtp)) for _ in range(2)]

@@ -82,6 +82,40 @@ def test_processors_and_criteria_see_what_they_see_plainly(llama: Make, plant: P
     assert drafted.draft_model.stats.accepted > 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("max_tokens", [5, 6, 7, 8, 200])
+def test_criteria_of_a_completion_see_verified_tokens_only(
+    llama: Make, plant: Plant, stream: bool, max_tokens: int
+) -> None:
+    """The host asks once more behind its loop, where the rows of drafts that nobody asked for are still in memory."""
+    files = plant(acceptance=1.0)
+    prompt = files.cycle[:5].tolist()
+
+    def run(llm: Llama) -> tuple[list[Any], Any]:
+        calls: list[Any] = []
+
+        def criterion(input_ids: Any, logits: Any) -> bool:
+            calls.append((input_ids.tolist(), logits.tolist()))
+            return False
+
+        stop = llm.detokenize(files.follow(prompt[-1], 30)[27:29]).decode()
+        answer = llm.create_completion(
+            prompt,
+            max_tokens=max_tokens,
+            temperature=0.0,
+            stop=[stop],
+            stream=stream,
+            stopping_criteria=StoppingCriteriaList([criterion]),
+        )
+        return calls, [chunk["choices"] for chunk in answer] if stream else answer["choices"]
+
+    draft = MtpDraft(files.mtp, num_pred_tokens=4)
+    drafted = run(llama(files.trunk, logits_all=True, draft_model=draft))
+    assert drafted == run(llama(files.trunk, logits_all=True))
+    assert len(drafted[0]) == min(max_tokens, 29) + 1
+    assert draft.stats.accepted > 0
+
+
 def test_logits_all_fills_the_same_scores(llama: Make, plant: Plant) -> None:
     files = plant(**BY_CONTEXT)
     prompt = files.cycle[:5].tolist()
@@ -332,6 +366,23 @@ def test_a_small_batch_lowers_the_depth(llama: Make, plant: Plant, n_batch: int,
     assert generate(llm, prompt, 60) == files.follow(prompt[-1], 60)
     assert draft.stats.depth == depth
     assert (draft.stats.accepted > 0) == (depth > 0)
+
+
+@pytest.mark.parametrize("n_batch", [64, 8, 3])
+def test_hidden_rows_are_kept_however_a_prompt_is_cut(llama: Make, plant: Plant, n_batch: int) -> None:
+    """They die at the next decode, and most of a window may be older than the last one."""
+    files = plant(**BY_CONTEXT)
+    prompt = np.random.default_rng(7).integers(260, 500, 301).tolist()
+    kept = []
+    for n in (512, n_batch):
+        llm = llama(files.trunk, n_batch=n, draft_model=MtpDraft(files.mtp))
+        llm.eval(prompt[:200])
+        llm.eval(prompt[200:])
+        rows = llm._ds4_mtp._spec.drafter._sequences[0]
+        assert (rows.lo, rows.hi) == (301 - 128, 301)
+        kept.append((rows.tokens, rows.hidden))
+    assert kept[0][0].tolist() == kept[1][0].tolist()
+    np.testing.assert_allclose(kept[1][1], kept[0][1], rtol=1e-3, atol=1e-3)
 
 
 def test_a_completion_streams_the_same_chunks(llama: Make, plant: Plant) -> None:
