@@ -65,6 +65,7 @@ class MtpDraft(_LlamaDraftModel):  # type: ignore[misc, unused-ignore]
         Raises:
             FileNotFoundError: there is no file `model_path`.
             PermissionError: it may not be read.
+            TypeError: an option is of another type.
             ValueError: an option is out of range, or the file's header is not that of an MTP GGUF. (Whether it belongs
                 to a model is checked when a Llama takes the draft, before that loads anything.)
         """
@@ -72,7 +73,12 @@ class MtpDraft(_LlamaDraftModel):  # type: ignore[misc, unused-ignore]
         if not path.is_file():
             found = "it is a directory" if path.is_dir() else "no such file"
             raise FileNotFoundError(f"MtpDraft: {path}: {found}; expected an MTP GGUF file")
-        for name, number in (("num_pred_tokens", num_pred_tokens), ("n_gpu_layers", n_gpu_layers)):
+        for name, number in (
+            ("num_pred_tokens", num_pred_tokens),
+            ("n_gpu_layers", n_gpu_layers),
+            ("n_threads", n_threads),
+            ("n_threads_batch", n_threads_batch),
+        ):
             if number is not None and not isinstance(number, int):
                 raise TypeError(f"MtpDraft: {name} is {number!r}, expected an integer")
         if num_pred_tokens < 0:

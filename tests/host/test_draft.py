@@ -35,8 +35,9 @@ def test_options_are_checked(plant: Plant) -> None:
         MtpDraft(plant().mtp, num_pred_tokens=-1)
     with pytest.raises(TypeError, match="num_pred_tokens is 2.5, expected an integer"):
         MtpDraft(plant().mtp, num_pred_tokens=2.5)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="n_gpu_layers is '1', expected an integer"):
-        MtpDraft(plant().mtp, n_gpu_layers="1")  # type: ignore[arg-type]
+    for name in ("n_gpu_layers", "n_threads", "n_threads_batch"):
+        with pytest.raises(TypeError, match=f"{name} is '1', expected an integer"):
+            MtpDraft(plant().mtp, **{name: "1"})  # type: ignore[arg-type]
 
 
 def test_a_trunk_is_not_a_head(llama: Make, plant: Plant) -> None:
