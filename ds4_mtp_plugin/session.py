@@ -319,6 +319,7 @@ class Session:
     def _give_up(self, why: str, *, reevaluate: bool) -> None:
         """Decode plainly for the rest of this generation. The app is told once, and last: a warning may be raised."""
         self._active = False
+        self._spec.counters.failures += 1
         if reevaluate:
             self._reevaluate()
         if not self._warned:

@@ -16,6 +16,7 @@ class MtpStats:
         proposed_per_position: drafts verified at depth 1, 2, ...
         accepted_per_position: drafts accepted at depth 1, 2, ...
         plain: single tokens decoded in a generation without drafts (no room, no hidden row yet, or a failure).
+        failures: generations that something failed in, and that went on plainly.
         draft_decodes: decodes of the MTP head.
         draft_ms: time spent in drafting, milliseconds.
         verify_ms: time spent in verify decodes, milliseconds.
@@ -28,6 +29,7 @@ class MtpStats:
     proposed_per_position: tuple[int, ...] = ()
     accepted_per_position: tuple[int, ...] = ()
     plain: int = 0
+    failures: int = 0
     draft_decodes: int = 0
     draft_ms: float = 0.0
     verify_ms: float = 0.0
@@ -53,6 +55,7 @@ class MtpStats:
         return (
             f"mtp accept: iters={self.iters} proposed={self.proposed} accepted={self.accepted} "
             f"rate={100 * self.rate:.1f}% per_iter={self.per_iter:.2f}"
+            + (f" failures={self.failures}" if self.failures else "")
         )
 
 
@@ -63,6 +66,7 @@ class Counters:
         self.depth = depth
         self.iters = 0
         self.plain = 0
+        self.failures = 0
         self.draft_s = 0.0
         self.verify_s = 0.0
         self._proposed = [0] * depth
@@ -86,6 +90,7 @@ class Counters:
             proposed_per_position=tuple(self._proposed),
             accepted_per_position=tuple(self._accepted),
             plain=self.plain,
+            failures=self.failures,
             draft_decodes=draft_decodes,
             draft_ms=1000 * self.draft_s,
             verify_ms=1000 * self.verify_s,

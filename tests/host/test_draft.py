@@ -201,6 +201,7 @@ def test_a_failure_inside_is_told_once_and_changes_no_text(
     assert len(caught) == 1
     assert calls == at + 1
     stats = spec.stats()
+    assert stats.failures == 1
     assert stats.plain + stats.iters + stats.accepted >= 79  # every token that was evaluated is accounted for
     before = stats.iters
     assert generate(llm, [300], 80) == generate(llama(files.trunk), [300], 80)
@@ -308,6 +309,7 @@ def test_a_drafter_closed_in_the_middle_costs_no_text(llama: Make, plant: Plant,
         assert generate(llm, [300, 301, 302], 60) == plain
     assert tokens == plain
     assert len(caught) == 1
+    assert llm.draft_model.stats.failures == 2
 
 
 @pytest.mark.parametrize("at", range(9))

@@ -23,3 +23,4 @@ def test_counts_per_position_add_up() -> None:
 def test_the_report_is_ds4s() -> None:
     stats = MtpStats(iters=44, proposed=88, accepted=55)
     assert str(stats) == "mtp accept: iters=44 proposed=88 accepted=55 rate=62.5% per_iter=1.25"
+    assert str(MtpStats(failures=2)).endswith("per_iter=0.00 failures=2")
