@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import llama_cpp
 import numpy as np
@@ -119,6 +123,72 @@ def test_an_aborted_decode_leaves_nothing_behind(model: engine.Model, pending: b
     np.testing.assert_array_equal(context.logits(), fresh.logits())
     for each in (context, fresh):
         each.close()
+
+
+def after_a_failed_decode(model: engine.Model, n: int, fail: Callable[[engine.Context, engine.Batch], None]) -> bool:
+    """Remove 3 of n rows; a decode that fails before it begins; then whether the state is the one before it."""
+    context, fresh = (
+        model.new_context(n_ctx=4096, n_batch=4096, n_rs_seq=4, n_threads=1, n_threads_batch=1) for _ in range(2)
+    )
+    batch = engine.Batch(4096)
+    context.decode(batch.set(TEXT[:n], 0, 0))
+    assert context.seq_rm(0, n - 3)
+    fail(context, batch)
+    assert context.seq_pos_max(0) == n - 4
+    fresh.decode(batch.set(TEXT[: n - 3], 0, 0))
+    same = True
+    for i in range(6):
+        for each in (context, fresh):
+            each.decode(batch.set([TEXT[300 + i]], n - 3 + i, 0))
+        same &= np.array_equal(context.logits(), fresh.logits())
+    for each in (context, fresh):
+        each.close()
+    return same
+
+
+@pytest.mark.parametrize(("rows", "gap", "code"), [(4090, 0, 1), (3, 7, -1)], ids=["no room", "a gap"])
+def test_a_refused_decode_keeps_a_pending_removal(model: engine.Model, rows: int, gap: int, code: int) -> None:
+    def fail(context: engine.Context, batch: engine.Batch) -> None:
+        with pytest.raises(engine.DecodeError) as caught:
+            context.decode(batch.set([300] * rows, context.seq_pos_max(0) + 1 + gap, 0))
+        assert caught.value.code == code
+
+    assert [after_a_failed_decode(model, n, fail) for n in range(40, 48)] == [True] * 8
+
+
+def without_memory(context: engine.Context, batch: engine.Batch) -> None:
+    import resource
+
+    batch.set([300] * 4000, context.seq_pos_max(0) + 1, 0, outputs="all")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 5 * 2**20, before[1]))  # of 8 MiB for the outputs alone
+    try:
+        with pytest.raises(engine.DecodeError) as caught:
+            context.decode(batch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert caught.value.code == -2
+
+
+WITHOUT_MEMORY = """
+import sys
+from ds4_mtp_plugin import engine, host
+from tests.engine.test_rollback import after_a_failed_decode, without_memory
+model = engine.Model(engine.Library(host.library_path()), sys.argv[1])
+print([after_a_failed_decode(model, n, without_memory) for n in range(40, 48)])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on a process's memory")
+def test_a_decode_without_memory_for_its_outputs_keeps_a_pending_removal(plant: Callable[..., Planted]) -> None:
+    root = Path(__file__).resolve().parents[2]
+    # glibc gives large blocks back at once, so that none is at hand where the next is refused
+    env = {**os.environ, "PYTHONPATH": str(root), "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    argv = [sys.executable, "-c", WITHOUT_MEMORY, str(plant(**BY_CONTEXT).trunk)]
+    done = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == f"{[True] * 8}\n"
 
 
 def test_any_sequence_is_removed_whole_or_not_at_all(model: engine.Model) -> None:
