@@ -235,3 +235,18 @@ def test_a_state_holds_a_pending_removal_and_no_snapshots(model: engine.Model, w
         assert [context.seq_rm(0, 38) for context in (saved, loaded, fresh)] == [True] * 3
     for context in (saved, loaded, fresh):
         context.close()
+
+
+def test_a_copied_sequence_has_no_snapshots(model: engine.Model) -> None:
+    context = model.new_context(n_ctx=512, n_seq_max=2, n_rs_seq=4, n_threads=1, n_threads_batch=1)
+    batch = engine.Batch(40)
+    context.decode(batch.set(TEXT[:40], 0, 0))
+    context.decode(batch.set(TEXT[200:230], 0, 1))
+    llama_cpp.llama_memory_seq_cp(int(engine.ffi.cast("uintptr_t", context._memory)), 0, 1, -1, -1)
+    assert context.seq_pos_max(1) == 39
+    assert not context.seq_rm(1, 39)
+    assert context.seq_rm(0, 39)
+    for seq_id, p in enumerate((39, 40)):
+        context.decode(batch.set(TEXT[p : p + 1], p, seq_id))
+    assert context.seq_rm(1, 40)
+    context.close()
