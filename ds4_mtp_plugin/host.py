@@ -35,9 +35,6 @@ _CAUSAL = (_llama_cpp.LLAMA_ATTENTION_TYPE_UNSPECIFIED, _llama_cpp.LLAMA_ATTENTI
 # of all: an assertion ends the process.
 _STREAMS = ("deepseek4", "qwen4exp")
 
-# The head's memory and batches are made for windows of DeepSeek-V4's size, 128 rows.
-_MAX_WINDOW = 4096
-
 # The draft of the Llama that is being constructed, for the contexts that its constructor creates.
 _draft_in_scope: _contextvars.ContextVar[_MtpDraft | None] = _contextvars.ContextVar("draft", default=None)
 
@@ -279,8 +276,6 @@ def _open_session(library: _engine.Library, llama: _t.Any, draft: _MtpDraft) -> 
     if llama.pooling_type() != _llama_cpp.LLAMA_POOLING_TYPE_NONE:
         raise _NoSpeculation(f"the engine gives no hidden rows where it pools (pooling_type={llama.pooling_type()})")
     target = _engine.Context(library, llama._ctx.ctx, owned=False)
-    if not 0 < target.window <= _MAX_WINDOW:
-        raise _NoSpeculation(f"the head would have to see {target.window} rows, expected 1 to {_MAX_WINDOW}")
     if target.n_rs_seq < depth:
         raise _NoSpeculation("the engine could not create a context with snapshots (its log on stderr says why)")
     with _contextlib.ExitStack() as on_error:
