@@ -208,6 +208,26 @@ def test_a_failure_inside_is_told_once_and_changes_no_text(
     assert spec.stats().iters > before  # the next generation drafts again
 
 
+@pytest.mark.parametrize("what", ["BOS", "EOS", "chance", "no token"])
+@pytest.mark.filterwarnings("ignore:MtpDraft")
+def test_whatever_is_drafted_the_text_is_plain(
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    files = plant(**BY_CONTEXT)
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))
+    rng = np.random.default_rng(1)
+    draft: dict[str, Callable[[], int]] = {
+        "BOS": llm.token_bos,
+        "EOS": llm.token_eos,
+        "chance": lambda: int(rng.integers(512)),
+        "no token": lambda: 10**6,
+    }
+    monkeypatch.setattr(llm._ds4_mtp._spec.drafter, "draft", lambda *args: [draft[what]() for _ in range(args[-1])])
+    assert generate(llm, [300, 301, 302], 80) == generate(llama(files.trunk), [300, 301, 302], 80)
+    stats = llm.draft_model.stats
+    assert (stats.failures, stats.iters > 70) == ((1, False) if what == "no token" else (0, True))
+
+
 @pytest.mark.parametrize("what", ["the model", "a context", "snapshots"])
 def test_memory_refused_for_the_head_leaves_a_plain_llama(
     llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, what: str
