@@ -111,7 +111,9 @@ class CommonSpeculative:
         t0 = _time.perf_counter()
         drafts = self.drafter.draft(seq_id, n_past, id_last, n_max)
         self.counters.draft_s += _time.perf_counter() - t0
-        return drafts
+        # What is no token of the target is no draft: its decode would fail, and take the verified rows with it.
+        no_token = (i for i, token in enumerate(drafts) if not 0 <= token < self.target.n_vocab)
+        return drafts[: next(no_token, None)]
 
     def verify(self, seq_id: int, n_past: int, id_last: int, drafts: _t.Sequence[int]) -> None:
         """Decode ``[id_last, *drafts]`` at `n_past` in one micro-batch; every row has logits, row 0 is committed.

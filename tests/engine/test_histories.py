@@ -1,0 +1,130 @@
+"""After any history of accepted and rejected drafts the target is in the state of a fresh run of what was committed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import ds4_mtp_plugin.host as host
+from ds4_mtp_plugin import engine
+from ds4_mtp_plugin.speculative import CommonSpeculative
+from tests import LONG
+from tests.fixtures.planted import BY_CONTEXT, Planted
+
+N_CYCLES = 250  # a history; at most 9 tokens each, so that a context of 2304 holds it
+N_HISTORIES = 40 if LONG else 2
+DEPTH = 8
+BOS, EOS = 0, 1
+
+Rows = npt.NDArray[np.float32]
+
+
+class Scripted:
+    """A drafter that proposes what it is told."""
+
+    window = 0
+    n_decodes = 0
+    drafts: Sequence[int] = ()
+
+    def process(self, seq_id: int, n_past: int, tokens: Sequence[int], hidden: Any) -> None: ...
+
+    def draft(self, seq_id: int, n_past: int, id_last: int, n_max: int) -> list[int]:
+        return list(self.drafts[:n_max])
+
+    def rollback(self, seq_id: int, n_past: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def model(plant: Callable[..., Planted]) -> Iterator[engine.Model]:
+    model = engine.Model(engine.Library(host.library_path()), str(plant(**BY_CONTEXT).trunk))
+    yield model
+    model.close()
+
+
+def context(model: engine.Model, **params: int) -> engine.Context:
+    return model.new_context(n_ctx=2304, n_ubatch=32, n_threads=1, n_threads_batch=1, **params)
+
+
+def fresh(model: engine.Model, tokens: Sequence[int]) -> Rows:
+    """The logits of each token, decoded one by one in a context of its own."""
+    target, batch = context(model), engine.Batch(1)
+    rows = np.empty((len(tokens), target.n_vocab), np.float32)
+    for i, token in enumerate(tokens):
+        target.decode(batch.set([token], i, 0))
+        rows[i] = target.logits()
+    target.close()
+    return rows
+
+
+def history(
+    model: engine.Model, seed: int, accept: Callable[[np.random.Generator, int], int], wrong: Callable[..., int]
+) -> tuple[list[int], Rows, Counter[tuple[int, int, int]]]:
+    """(the committed tokens, the logits of each, how often at (position mod 4, depth, accepted)) of random cycles."""
+    random = np.random.default_rng(seed)
+    target, drafter = context(model, n_rs_seq=DEPTH), Scripted()
+    spec = CommonSpeculative(target, drafter, n_draft=DEPTH)
+    tokens: list[int] = []
+    rows: list[Rows] = []
+    cycles: Counter[tuple[int, int, int]] = Counter()
+    last = int(random.integers(260, 500))
+    for _ in range(N_CYCLES):
+        depth = int(random.integers(1, DEPTH + 1))
+        n_accepted = accept(random, depth)
+        text = random.integers(260, 500, n_accepted + 1).tolist()  # the last one is sampled, the others were drafted
+        drafter.drafts = [*text[:n_accepted], *(wrong(random) for _ in range(depth - n_accepted))]
+        drafts = spec.draft(0, len(tokens), last, depth)
+        assert len(drafts) == depth
+        spec.verify(0, len(tokens), last, drafts)
+        cycles[len(tokens) % 4, depth, n_accepted] += 1
+        rows += [target.logits(i).copy() for i in range(n_accepted + 1)]
+        tokens += [last, *drafts[:n_accepted]]
+        spec.accept(0, n_accepted)
+        assert target.seq_pos_max(0) == len(tokens) - 1
+        last = text[-1]
+    target.close()
+    return tokens, np.stack(rows), cycles
+
+
+def any_token(random: np.random.Generator) -> int:
+    return int(random.integers(0, 512))
+
+
+CASES: dict[str, tuple[Callable[[np.random.Generator, int], int], Callable[..., int]]] = {
+    "random": (lambda random, depth: int(random.integers(0, depth + 1)), any_token),
+    "all right": (lambda random, depth: depth, any_token),
+    "all wrong": (lambda random, depth: 0, any_token),
+    "BOS and EOS": (lambda random, depth: int(random.integers(0, depth)), lambda random: int(random.choice([BOS, EOS]))),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_any_history_is_a_fresh_run(model: engine.Model, case: str) -> None:
+    done: Counter[tuple[int, int, int]] = Counter()
+    for seed in range(N_HISTORIES if case == "random" or LONG else 1):
+        tokens, rows, cycles = history(model, seed, *CASES[case])
+        differing = (rows != fresh(model, tokens)).any(1)
+        assert np.flatnonzero(differing).tolist() == []
+        done += cycles
+    if case == "random":
+        assert len(done) > (170 if LONG else 150)  # of 4 x (2 + 3 + ... + 9) = 176
+
+
+@pytest.mark.parametrize("token", [-1, 512, 2**31 - 1])
+def test_a_draft_that_is_no_token_ends_the_drafts(model: engine.Model, token: int) -> None:
+    target, drafter = context(model, n_rs_seq=DEPTH), Scripted()
+    spec = CommonSpeculative(target, drafter, n_draft=DEPTH)
+    drafter.drafts = [300, token, 301]
+    assert spec.draft(0, 0, 299, DEPTH) == [300]
+    drafter.drafts = [token]
+    drafts = spec.draft(0, 0, 299, DEPTH)
+    spec.verify(0, 0, 299, drafts)
+    spec.accept(0, 0)
+    assert (drafts, target.seq_pos_max(0)) == ([], 0)
+    target.close()
