@@ -11,7 +11,7 @@ import ds4_mtp_plugin as _package
 
 # These work where the rest of the package does not.
 _MENDING = ("doctor", "install_engine")
-_VERBS = ("demo", "run", *_MENDING)
+_VERBS = ("demo", "run", "verify", *_MENDING)
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_DIFFERS = 0, 1, 2, 3
 
@@ -19,7 +19,7 @@ _EPILOG = f"""exit status:
   {EXIT_OK}  done
   {EXIT_FAILED}  failed: a file or an option that does not fit, said in one line
   {EXIT_USAGE}  the command line is not understood
-  {EXIT_DIFFERS}  the speculative text differs from the plain one
+  {EXIT_DIFFERS}  the speculative text differs from the plain one (verify: by more than the bound)
 """
 
 

@@ -30,24 +30,35 @@ class Generation:
         return 1000 * self.seconds / max(1, len(self.tokens) - 1)
 
 
-def add_arguments(parser: _argparse.ArgumentParser, *, n_predict: int, ctx: int) -> None:
+def add_model_arguments(parser: _argparse.ArgumentParser) -> None:
+    parser.add_argument("-m", "--model", required=True, metavar="BASE", help="GGUF of the model")
+    parser.add_argument("--mtp", required=True, metavar="MTP", help="GGUF of its MTP head")
+    parser.add_argument("-p", "--prompt", required=True, help="text to continue")
+    parser.add_argument("-ngl", "--n-gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1 all")
+
+
+def add_arguments(parser: _argparse.ArgumentParser, *, n_predict: int, ctx: int, sampling: bool = True) -> None:
     parser.add_argument(
         "-n", "--n-predict", type=int, default=n_predict, metavar="N", help="tokens (default %(default)s)"
     )
     parser.add_argument("-k", "--num-pred-tokens", type=int, default=2, metavar="K", help="drafts a cycle (default 2)")
     parser.add_argument("-c", "--ctx-size", type=int, default=ctx, metavar="N", help="context (default %(default)s)")
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: the host's choice)")
+    parser.set_defaults(temp=0.0, seed=1)
+    if not sampling:
+        return
     parser.add_argument("--temp", type=float, default=0.0, metavar="T", help="temperature (default 0, greedy)")
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="seed of the sampler (default %(default)s)")
 
 
-def generate(
-    model_path: str, draft: _MtpDraft | None, prompt: str, args: _argparse.Namespace, **options: _t.Any
-) -> Generation:
-    """Load, generate and stream to stdout, and free everything again."""
+@_contextlib.contextmanager
+def loaded(
+    model_path: str, draft: _MtpDraft | None, args: _argparse.Namespace, **options: _t.Any
+) -> _t.Iterator[_t.Any]:
+    """A Llama that is closed again."""
     from llama_cpp import Llama
 
-    with _progress(f"loading {model_path}"):
+    with progress(f"loading {model_path}"):
         llm = Llama(
             model_path,
             draft_model=draft,
@@ -59,10 +70,30 @@ def generate(
             **options,
         )
     try:
-        special = "<" in prompt  # a prompt that is already in the model's chat format
-        prompt_tokens = llm.tokenize(prompt.encode(), add_bos=True, special=special)
-        if len(prompt_tokens) >= args.ctx_size:
-            raise ValueError(f"the prompt has {len(prompt_tokens)} tokens, the context {args.ctx_size}: raise -c")
+        yield llm
+    finally:
+        llm.close()
+
+
+def tokenize(llm: _t.Any, prompt: str, args: _argparse.Namespace) -> list[int]:
+    """The prompt's tokens.
+
+    Raises:
+        ValueError: they fill the context.
+    """
+    special = "<" in prompt  # a prompt that is already in the model's chat format
+    tokens: list[int] = llm.tokenize(prompt.encode(), add_bos=True, special=special)
+    if len(tokens) >= args.ctx_size:
+        raise ValueError(f"the prompt has {len(tokens)} tokens, the context {args.ctx_size}: raise -c")
+    return tokens
+
+
+def generate(
+    model_path: str, draft: _MtpDraft | None, prompt: str, args: _argparse.Namespace, **options: _t.Any
+) -> Generation:
+    """Load, generate and stream to stdout, and free everything again."""
+    with loaded(model_path, draft, args, **options) as llm:
+        prompt_tokens = tokenize(llm, prompt, args)
         n = min(args.n_predict, args.ctx_size - len(prompt_tokens))
         text = _codecs.getincrementaldecoder("utf-8")(errors="replace")
         tokens: list[int] = []
@@ -82,8 +113,6 @@ def generate(
         stream.close()
         print(flush=True)
         return Generation(tokens, first - t0, end - first, None if draft is None else draft.stats)
-    finally:
-        llm.close()
 
 
 def report(plain: Generation | None, drafted: Generation) -> None:
@@ -114,7 +143,7 @@ def report(plain: Generation | None, drafted: Generation) -> None:
 
 
 @_contextlib.contextmanager
-def _progress(what: str) -> _t.Iterator[None]:
+def progress(what: str) -> _t.Iterator[None]:
     """A line on stderr that counts seconds, where someone may be watching; one line otherwise."""
     if not _sys.stderr.isatty():
         print(f"{what} ...", file=_sys.stderr)

@@ -14,11 +14,8 @@ HELP = "text of your own model with its MTP head"
 
 
 def add_arguments(parser: _argparse.ArgumentParser) -> None:
-    parser.add_argument("-m", "--model", required=True, metavar="BASE", help="GGUF of the model")
-    parser.add_argument("--mtp", required=True, metavar="MTP", help="GGUF of its MTP head")
-    parser.add_argument("-p", "--prompt", required=True, help="text to continue")
+    _generation.add_model_arguments(parser)
     parser.add_argument("--compare", action="store_true", help="first the plain text, then the same with the head")
-    parser.add_argument("-ngl", "--n-gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1 all")
     _generation.add_arguments(parser, n_predict=256, ctx=4096)
 
 

@@ -100,7 +100,10 @@ CASES: dict[str, tuple[Callable[[np.random.Generator, int], int], Callable[..., 
     "random": (lambda random, depth: int(random.integers(0, depth + 1)), any_token),
     "all right": (lambda random, depth: depth, any_token),
     "all wrong": (lambda random, depth: 0, any_token),
-    "BOS and EOS": (lambda random, depth: int(random.integers(0, depth)), lambda random: int(random.choice([BOS, EOS]))),
+    "BOS and EOS": (
+        lambda random, depth: int(random.integers(0, depth)),
+        lambda random: int(random.choice([BOS, EOS])),
+    ),
 }
 
 
