@@ -265,8 +265,8 @@ def lines(pair: Pair, n: int) -> dict[str, Any]:
     def interrupted(at: int) -> Interruption:
         tokens: list[int] = []
         with Interruption(at) as interruption:
-            generation = llm.generate(first, temp=0.0)
             try:
+                generation = llm.generate(first, temp=0.0)
                 for token in generation:
                     tokens.append(token)
                     if len(tokens) == 16:
