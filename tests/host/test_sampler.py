@@ -282,6 +282,31 @@ def test_log_probabilities_of_real_text_are_plain_to_the_bit(both: Both, tally: 
     assert 0 < tally.accepted < tally.proposed
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_chats_are_plain(both: Both, tally: Tally, stream: bool) -> None:
+    """Turn by turn, each on what the one before left in memory, and log-probabilities as chats give them."""
+
+    def chat(llm: Any) -> list[Any]:
+        messages: list[Any] = []
+        seen = []
+        for i, question in enumerate(("What is a list?", "And a tuple?", "Write a loop.")):
+            messages.append({"role": "user", "content": question})
+            options = {"seed": i, "temperature": 0.8, "max_tokens": 30, "logprobs": True, "top_logprobs": 3}
+            answer = llm.create_chat_completion(messages, stream=stream, **options)
+            chunks = list(answer) if stream else [answer]
+            seen += [{k: v for k, v in chunk.items() if k not in ("id", "created")} for chunk in chunks]
+            given = [chunk["choices"][0].get("delta") or chunk["choices"][0].get("message") or {} for chunk in chunks]
+            messages.append({"role": "assistant", "content": "".join(each.get("content") or "" for each in given)})
+        assert len(messages[-1]["content"]) > 10
+        return seen
+
+    plain, drafted = (both.llama(None, depth, logits_all=True) for depth in (0, 3))
+    before = drafted.draft_model.stats
+    assert chat(drafted) == chat(plain)
+    tally.add(before, drafted.draft_model.stats)
+    assert 0 < tally.accepted < tally.proposed
+
+
 @pytest.mark.parametrize("name", ["greedy", "temperature 1.2", "mirostat 2", "json schema"])
 def test_reruns_are_identical(both: Both, name: str) -> None:
     """At a fixed depth; and not the text alone: a rerun drafts and accepts what the run did."""
