@@ -308,7 +308,9 @@ CASES: dict[str, Callable[[Pair, int], dict[str, Any]]] = {
 def main() -> None:
     case, n, trunk, mtp = sys.argv[1:]
     set_verbose(False)
-    print(json.dumps(CASES[case](Pair(trunk, mtp), int(n))))
+    # While a Llama is made the host points standard output elsewhere, and with two at once it may stay there.
+    out = os.fdopen(os.dup(1), "w")
+    print(json.dumps(CASES[case](Pair(trunk, mtp), int(n))), file=out, flush=True)
 
 
 if __name__ == "__main__":
