@@ -179,38 +179,36 @@ def rounds(pair: Pair, n: int) -> dict[str, Any]:
 
 
 def interrupts(pair: Pair, n: int) -> dict[str, Any]:
-    """n times Ctrl-C at a random moment of a generation, and another generation after it."""
+    """n times Ctrl-C, a moment after a random token of a generation or its prompt, and another generation after it."""
     llm = pair.llama(n_ctx=1024)
-    llm.reset()
     rng = random.Random(4)
     cases = prompts(6, seed=4)
     expected = [pair.plain(prompt, 300) for prompt in cases]
-    t0 = time.monotonic()
-    assert generate(llm, cases[0], 300) == expected[0]
-    longest = time.monotonic() - t0
-    before = llm.draft_model.stats
-    interrupted, left, lengths = 0, 0, []
+    in_the_middle = gave_up = 0
     for _ in range(n):
         which = rng.randrange(6)
-        prompt, text = cases[which], expected[which]
+        text = expected[which]
         tokens: list[int] = []
-        timer = threading.Timer(rng.random() * longest, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
+        timer = threading.Timer(0.01 * rng.random(), os.kill, (os.getpid(), signal.SIGINT))
+        begin = rng.randrange(60)
         try:
-            generation = llm.generate(prompt, temp=0.0)
+            if begin == 0:
+                timer.start()
+            generation = llm.generate(cases[which], temp=0.0)
             try:
                 for token in generation:
                     tokens.append(token)
+                    if len(tokens) == begin:
+                        timer.start()
                     if len(tokens) == 300:
                         break
             finally:
                 if rng.random() < 0.5:
                     generation.close()
             timer.join()
-            time.sleep(0.01)  # it comes after the text
+            time.sleep(0.01)  # it comes after the text, or came while the host could not be interrupted
         except KeyboardInterrupt:
-            interrupted += 1
-            lengths.append(len(tokens))
+            in_the_middle += len(tokens) < 300
         timer.join()
         assert tokens == text[: len(tokens)]
         # The same prompt, so that what is in memory is used again, or another one.
@@ -218,15 +216,9 @@ def interrupts(pair: Pair, n: int) -> dict[str, Any]:
         longer = cases[which] + (expected[which][: rng.randrange(1, 40)] if rng.random() < 0.5 else [])
         have = len(longer) - len(cases[which])
         assert generate(llm, longer, N_TOKENS) == expected[which][have : have + N_TOKENS], (which, have)
-        left += llm._ds4_mtp._active is not True
-    after = llm.draft_model.stats
-    return {
-        "interrupts": n,
-        "interrupted": interrupted,
-        "in the middle": sum(0 < length < 300 for length in lengths),
-        "accepted": after.accepted - before.accepted,
-        "gave up": left,
-    }
+        gave_up += llm._ds4_mtp._active is not True
+    accepted = llm.draft_model.stats.accepted
+    return {"interrupts": n, "in the middle": in_the_middle, "accepted": accepted, "gave up": gave_up}
 
 
 class Interruption:
@@ -308,9 +300,15 @@ CASES: dict[str, Callable[[Pair, int], dict[str, Any]]] = {
 def main() -> None:
     case, n, trunk, mtp = sys.argv[1:]
     set_verbose(False)
-    # While a Llama is made the host points standard output elsewhere, and with two at once it may stay there.
-    out = os.fdopen(os.dup(1), "w")
-    print(json.dumps(CASES[case](Pair(trunk, mtp), int(n))), file=out, flush=True)
+    # While a Llama is made the host points the standard streams elsewhere; with two at once, or an interrupt, they may
+    # stay there.
+    streams = [(os.dup(fd), fd) for fd in (1, 2)]
+    try:
+        result = CASES[case](Pair(trunk, mtp), int(n))
+    finally:
+        for kept, fd in streams:
+            os.dup2(kept, fd)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
