@@ -66,5 +66,5 @@ def test_ctrl_c_and_another_generation(live: Callable[[str, int], dict[str, Any]
 def test_an_interrupt_at_any_line_and_another_generation(live: Callable[[str, int], dict[str, Any]]) -> None:
     """What a signal at a random moment meets once in thousands of times."""
     found = live("lines", 4000 if LONG else 100)
-    assert found["places"] > 50
+    assert found["places"] > 30
     assert found["gave up"] == 0
