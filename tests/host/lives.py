@@ -180,6 +180,7 @@ def rounds(pair: Pair, n: int) -> dict[str, Any]:
 
 def interrupts(pair: Pair, n: int) -> dict[str, Any]:
     """n times Ctrl-C, a moment after a random token of a generation or its prompt, and another generation after it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # one that begins in the background ignores it
     llm = pair.llama(n_ctx=1024)
     rng = random.Random(4)
     cases = prompts(6, seed=4)
@@ -308,6 +309,7 @@ def main() -> None:
     finally:
         for kept, fd in streams:
             os.dup2(kept, fd)
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     print(json.dumps(result))
 
 
