@@ -11,7 +11,7 @@ import ds4_mtp_plugin as _package
 
 # These work where the rest of the package does not.
 _MENDING = ("doctor", "install_engine")
-_VERBS = ("demo", "run", "verify", *_MENDING)
+_VERBS = ("demo", "run", "serve", "verify", *_MENDING)
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_DIFFERS = 0, 1, 2, 3
 
@@ -49,7 +49,11 @@ def main(argv: _t.Sequence[str] | None = None) -> int:
         )
         verb.add_arguments(sub)
         sub.set_defaults(do=verb.do)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if hasattr(args, "rest"):  # a verb that hands options on
+        args.rest = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(args.do(args))
     except (ImportError, OSError, RuntimeError, ValueError) as err:
