@@ -103,15 +103,8 @@ def fetch(dest: Path = HERE / "src", *, pin: Pin | None = None, cache: Path = HE
     pin = pin or read_pin()
     if _stamp(dest) == pin.sha256:
         return dest
-    given = os.environ.get(SDIST_VARIABLE)
     try:
-        if given:
-            sdist = Path(given)
-            if not sdist.is_file():
-                raise FetchError(f"{SDIST_VARIABLE} names {sdist}, and no file is there: mend or unset it")
-            _verify(sdist, pin, f"{SDIST_VARIABLE} names another file: get {pin.filename} anew or unset it")
-        else:
-            sdist = _download(pin, cache)
+        sdist = fetch_sdist(pin, cache)
         _unpack(sdist, pin, dest)
     except OSError as error:
         raise FetchError(
@@ -119,6 +112,22 @@ def fetch(dest: Path = HERE / "src", *, pin: Pin | None = None, cache: Path = HE
             f"{dest.parent}: make room (or mend the permissions), then run this again"
         ) from error
     return dest
+
+
+def fetch_sdist(pin: Pin, cache: Path = HERE / "cache") -> Path:
+    """The pinned sdist: the file that the environment names, or the one in ``cache``, downloaded if need be.
+
+    Raises:
+        FetchError: it could not be had, or what is there is another file.
+    """
+    given = os.environ.get(SDIST_VARIABLE)
+    if not given:
+        return _download(pin, cache)
+    sdist = Path(given)
+    if not sdist.is_file():
+        raise FetchError(f"{SDIST_VARIABLE} names {sdist}, and no file is there: mend or unset it")
+    _verify(sdist, pin, f"{SDIST_VARIABLE} names another file: get {pin.filename} anew or unset it")
+    return sdist
 
 
 def _stamp(dest: Path) -> str | None:
