@@ -43,6 +43,7 @@ class MtpDraft(_LlamaDraftModel):  # type: ignore[misc, unused-ignore]
         model_path: str | _os.PathLike[str],
         *,
         num_pred_tokens: int = 2,
+        exact: bool | None = None,
         p_min: float = 0.0,
         margin: float | None = None,
         n_gpu_layers: int | None = None,
@@ -55,6 +56,9 @@ class MtpDraft(_LlamaDraftModel):  # type: ignore[misc, unused-ignore]
             model_path: an MTP GGUF of the target model (``nextn_predict_layers`` 1, no trunk).
             num_pred_tokens: the number of tokens drafted a cycle; 0 drafts none. Lowered where the target's
                 micro-batch or the context has no room for as many, and to 16.
+            exact: True for the bytes of plain decoding, or a ValueError from the Llama that says why they cannot be
+                promised there. None and False ask for no promise: text is exact wherever the engine can be at no cost,
+                on CPUs, and near-greedy elsewhere; ``stats.exact`` says which.
             p_min: end a draft before the first token whose probability is less, 0 to 1.
             margin: end a draft before the first token that leads the second best logit by less; None or 0 for no gate.
             n_gpu_layers: layers of the head on the GPU, -1 all; None as the target's.
@@ -90,6 +94,7 @@ class MtpDraft(_LlamaDraftModel):  # type: ignore[misc, unused-ignore]
         _check_head(path)
         self.model_path = str(path)
         self.num_pred_tokens = num_pred_tokens
+        self.exact = exact
         self.p_min = p_min
         self.margin = margin
         self.n_gpu_layers = n_gpu_layers

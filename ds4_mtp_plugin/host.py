@@ -13,6 +13,7 @@ import ctypes as _ctypes
 import functools as _functools
 import os as _os
 import pathlib as _pathlib
+import platform as _platform
 import typing as _t
 import warnings as _warnings
 
@@ -142,6 +143,11 @@ def adopt(library: _engine.Library) -> None:
                     "MtpDraft: this draft is in use by another Llama; give each Llama an MtpDraft of its own"
                 )
             _check_pair(model_path, draft.model_path, kwargs.get("kv_overrides") or {})
+            if (draft.exact or _current().strict) and (why := _why_not_exact(kwargs.get("n_gpu_layers", 0))):
+                raise ValueError(
+                    f"MtpDraft: exact=True (or DS4_MTP_STRICT) cannot be promised here: {why}. Without it the text is "
+                    "near-greedy there"
+                )
         token = _draft_in_scope.set(None if why_off or disabled else draft)
         try:
             # Without a draft the host leaves logits_all as the app set it.
@@ -255,6 +261,16 @@ def _why_off(arguments: _t.Mapping[str, _t.Any]) -> str | None:
     return None
 
 
+def _why_not_exact(n_gpu_layers: int) -> str | None:
+    """Why a row may round otherwise in a verify than alone; None where it does not."""
+    machine = _platform.machine().lower()
+    if machine not in ("x86_64", "amd64", "aarch64", "arm64"):
+        return f"the kernels of this CPU ({machine}) are not held to it, those of x86-64 and ARM64 are"
+    if n_gpu_layers and _llama_cpp.llama_supports_gpu_offload():
+        return f"layers are on a GPU (n_gpu_layers={n_gpu_layers}), whose kernels depend on the number of rows"
+    return None
+
+
 def _depth(draft: _MtpDraft, params: _t.Any) -> int:
     """Drafts a cycle. A verify takes one row more, and has to fit a micro-batch for its rows to be rolled back; one
     row beyond that, because with n_ubatch == n_rs_seq + 1 the engine aborts where a batch finds no room
@@ -296,7 +312,9 @@ def _open_session(library: _engine.Library, llama: _t.Any, draft: _MtpDraft) -> 
             raise _NoSpeculation(str(err)) from None
         if (context.n_embd_out, context.n_vocab) != (target.n_embd_out, target.n_vocab):
             raise ValueError(f"{draft.model_path} does not belong to {llama.model_path} as the engine loaded it")
-        draft._attach(_CommonSpeculative(target, drafter, n_draft=depth))
+        spec = _CommonSpeculative(target, drafter, n_draft=depth)
+        spec.counters.exact = _why_not_exact(llama.model_params.n_gpu_layers) is None
+        draft._attach(spec)
         on_error.pop_all()
     # The host's stack runs backwards: the head goes before the target.
     llama._stack.callback(draft._detach)

@@ -18,6 +18,7 @@ import weakref as _weakref
 import numpy as _np
 
 from . import engine as _engine
+from .draft import MAX_PRED_TOKENS as _MAX_PRED_TOKENS
 from .draft import MtpDraft as _MtpDraft
 from .settings import current as _current
 from .speculative import CommonSpeculative as _CommonSpeculative
@@ -25,6 +26,9 @@ from .speculative import RollbackRefused as _RollbackRefused
 
 # The host drives one sequence.
 _SEQ = 0
+
+# On the CPU up to as many rows are computed as if each were alone (patches/ggml/src/ggml-cpu/ds4-mtp-rows.h).
+_SINGLE_ROWS = _MAX_PRED_TOKENS + 1
 
 
 class Session:
@@ -44,6 +48,8 @@ class Session:
         self.row: tuple[int, int] | None = None
         # Positions 0 <= p < known hold input_ids[p]; behind them an app may have decoded what that does not hold.
         self._known = 0
+        # Larger decodes than _SINGLE_ROWS among them, (position, rows): their rows depend on how many there were.
+        self._prompts: list[tuple[int, int]] = []
         # Tokens that the app wants of the generation that begins next, and still wants of the one that runs; None
         # where nobody has said.
         self._wanted: int | None = None
@@ -201,6 +207,7 @@ class Session:
         self._drafts = self.row = None
         self._uncertain = False
         self._known = 0
+        self._prompts = []
         self._spec.begin(_SEQ)
 
     def _advance(self, token: int) -> bool:
@@ -257,8 +264,12 @@ class Session:
 
     def _note(self, n_past: int, n: int) -> None:
         """The Llama evaluated n tokens at n_past."""
-        if n_past <= self._known:
-            self._known = n_past + n
+        if n_past > self._known:
+            return
+        self._known = n_past + n
+        self._prompts = [(p, min(rows, n_past - p)) for p, rows in self._prompts if p < n_past]
+        if n > _SINGLE_ROWS:
+            self._prompts.append((n_past, n))
 
     def _eval_plain(self, host_eval: _t.Callable[..., None], tokens: _t.Sequence[int]) -> None:
         """The host's eval, chunk by chunk as it would cut them, keeping hidden rows of the last window.
@@ -293,13 +304,13 @@ class Session:
                     self._give_up(f"keeping hidden rows failed: {err}", reevaluate=False)
 
     def _reevaluate(self) -> None:
-        """The engine's memory is of no use: clear it and evaluate the Llama's tokens again.
+        """The engine's memory is of no use: clear it and evaluate the Llama's tokens again, as they were.
 
         Raises:
             RuntimeError: not all of what it held is known.
         """
         llama = self._llama
-        n_tokens, known = llama.n_tokens, self._known
+        n_tokens, known, prompts, in_loop = llama.n_tokens, self._known, self._prompts, self._in_loop
         self._forget()
         llama._ctx.kv_cache_clear()
         llama.n_tokens = 0
@@ -308,13 +319,24 @@ class Session:
                 f"MtpDraft: the engine lost its memory, and only {known} of the {n_tokens} rows that it held were "
                 "evaluated through this Llama; evaluate the prompt again"
             )
+        self._in_loop = False  # none of these is a token to draft behind
         try:
-            if n_tokens:
-                llama.eval(llama.input_ids[:n_tokens].tolist())
+            starts = iter([*prompts, (n_tokens, 0)])
+            start, rows = next(starts)
+            while (at := llama.n_tokens) < n_tokens:
+                if at == start:
+                    end = start + rows
+                    start, rows = next(starts)
+                else:
+                    end = min(at + _SINGLE_ROWS, start)
+                llama.eval(llama.input_ids[at:end].tolist())
         except BaseException:
             llama.n_tokens = self._known = n_tokens  # the tokens are there still; the next call tries again
+            self._prompts = prompts
             self._uncertain = True
             raise
+        finally:
+            self._in_loop = in_loop
 
     def _give_up(self, why: str, *, reevaluate: bool) -> None:
         """Decode plainly for the rest of this generation. The app is told once, and last: a warning may be raised."""

@@ -18,6 +18,8 @@ class Settings:
 
     # DS4_MTP_SPEC_DISABLE: load no head, draft nothing; output and cost of a Llama without a draft.
     disable: bool = False
+    # DS4_MTP_STRICT: the bytes of plain decoding, or an error.
+    strict: bool = False
     # DS4_MTP_ACCEPT_REPORT: the line of statistics when a Llama is closed.
     report: bool | None = None
     # DS4_MTP_SPEC_LOG: a line for every rejected draft.
@@ -47,6 +49,7 @@ class Settings:
         # DS4_MTP_CONTINUOUS is accepted and needs nothing: the continuous cycle is the only one here.
         return cls(
             disable=on("DS4_MTP_SPEC_DISABLE"),
+            strict=on("DS4_MTP_STRICT"),
             report=True if on("DS4_MTP_ACCEPT_REPORT") else None,
             log=on("DS4_MTP_SPEC_LOG"),
             margin=margin,

@@ -21,6 +21,7 @@ class MtpStats:
         draft_ms: time spent in drafting, milliseconds.
         verify_ms: time spent in verify decodes, milliseconds.
         depth: the greatest number of drafts a cycle (num_pred_tokens after clamping).
+        exact: the text is promised to be plain decoding's, byte for byte.
     """
 
     iters: int = 0
@@ -34,6 +35,7 @@ class MtpStats:
     draft_ms: float = 0.0
     verify_ms: float = 0.0
     depth: int = 0
+    exact: bool = False
 
     @property
     def rate(self) -> float:
@@ -64,6 +66,7 @@ class Counters:
 
     def __init__(self, depth: int = 0) -> None:
         self.depth = depth
+        self.exact = False
         self.iters = 0
         self.plain = 0
         self.failures = 0
@@ -95,4 +98,5 @@ class Counters:
             draft_ms=1000 * self.draft_s,
             verify_ms=1000 * self.verify_s,
             depth=self.depth,
+            exact=self.exact,
         )

@@ -209,7 +209,6 @@ def test_a_failure_inside_is_told_once_and_changes_no_text(
 
 
 @pytest.mark.parametrize("what", ["BOS", "EOS", "chance", "no token"])
-@pytest.mark.filterwarnings("ignore:MtpDraft")
 def test_whatever_is_drafted_the_text_is_plain(
     llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -225,7 +224,7 @@ def test_whatever_is_drafted_the_text_is_plain(
     monkeypatch.setattr(llm._ds4_mtp._spec.drafter, "draft", lambda *args: [draft[what]() for _ in range(args[-1])])
     assert generate(llm, [300, 301, 302], 80) == generate(llama(files.trunk), [300, 301, 302], 80)
     stats = llm.draft_model.stats
-    assert (stats.failures, stats.iters > 70) == ((1, False) if what == "no token" else (0, True))
+    assert (stats.failures, stats.iters > 70) == (0, what != "no token")
 
 
 @pytest.mark.parametrize("what", ["the model", "a context", "snapshots"])

@@ -7,13 +7,20 @@ from ds4_mtp_plugin.settings import Settings
 
 
 def test_unset_empty_and_0_are_off() -> None:
-    names = ("DS4_MTP_SPEC_DISABLE", "DS4_MTP_ACCEPT_REPORT", "DS4_MTP_SPEC_LOG", "DS4_MTP_CONTINUOUS")
+    names = (
+        "DS4_MTP_SPEC_DISABLE",
+        "DS4_MTP_STRICT",
+        "DS4_MTP_ACCEPT_REPORT",
+        "DS4_MTP_SPEC_LOG",
+        "DS4_MTP_CONTINUOUS",
+    )
     assert Settings.of({}) == Settings.of(dict.fromkeys(names, "")) == Settings.of(dict.fromkeys(names, "0"))
-    assert Settings.of({}) == Settings(disable=False, report=None, log=False, margin=None)
+    assert Settings.of({}) == Settings(disable=False, strict=False, report=None, log=False, margin=None)
 
 
 def test_anything_else_is_on() -> None:
     assert Settings.of({"DS4_MTP_SPEC_DISABLE": "1"}).disable
+    assert Settings.of({"DS4_MTP_STRICT": "1"}).strict
     assert Settings.of({"DS4_MTP_ACCEPT_REPORT": "yes"}).report
     assert Settings.of({"DS4_MTP_SPEC_LOG": "1"}).log
 

@@ -1,0 +1,109 @@
+"""What `exact` promises, where it is refused, and that it holds through failures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+from llama_cpp import Llama, LogitsProcessorList
+
+from ds4_mtp_plugin import MtpDraft, engine, host, session, settings
+from ds4_mtp_plugin.draft import MAX_PRED_TOKENS
+from tests.fixtures.planted import BY_CONTEXT, Planted
+
+Make = Callable[..., Llama]
+Plant = Callable[..., Planted]
+
+PROMPT = np.random.default_rng(3).integers(260, 500, 45).tolist()
+
+
+@pytest.mark.parametrize("exact", [None, False, True])
+def test_on_the_cpu_it_is_promised(llama: Make, plant: Plant, exact: bool | None) -> None:
+    files = plant(acceptance=1.0)
+    llm = llama(files.trunk, n_gpu_layers=0, draft_model=MtpDraft(files.mtp, exact=exact))
+    assert llm.draft_model.stats.exact
+    assert not MtpDraft(files.mtp).stats.exact  # of nothing yet
+
+
+@pytest.mark.parametrize("by", ["option", "switch"])
+def test_on_a_gpu_it_is_refused(llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    """The engine at hand may have no GPU: what it says of itself is all that this needs."""
+    files = plant(acceptance=1.0)
+    monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
+    if by == "switch":
+        monkeypatch.setattr(host, "_current", lambda: settings.Settings(strict=True))
+    draft = MtpDraft(files.mtp, exact=True if by == "option" else None)
+    with pytest.raises(ValueError, match=r"exact=True .* cannot be promised here: .*n_gpu_layers=-1"):
+        llama(files.trunk, n_gpu_layers=-1, draft_model=draft)
+    assert llama(files.trunk, n_gpu_layers=0, draft_model=draft).draft_model.stats.exact
+
+
+def test_a_gpu_without_the_promise_is_no_error_and_said(
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = plant(acceptance=1.0)
+    monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
+    llm = llama(files.trunk, n_gpu_layers=2, draft_model=MtpDraft(files.mtp))
+    assert not llm.draft_model.stats.exact and llm.draft_model.stats.depth == 2
+
+
+def test_a_cpu_that_nobody_looked_at_is_refused(llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = plant(acceptance=1.0)
+    monkeypatch.setattr("platform.machine", lambda: "ppc64le")
+    with pytest.raises(ValueError, match="cannot be promised here: the kernels of this CPU .ppc64le."):
+        llama(files.trunk, draft_model=MtpDraft(files.mtp, exact=True))
+
+
+def test_the_widest_verify_is_as_wide_as_the_engine_computes_alone() -> None:
+    header = Path(__file__).parents[2] / "patches" / "ggml" / "src" / "ggml-cpu" / "ds4-mtp-rows.h"
+    found = re.search(r"#define DS4_MTP_SINGLE_ROWS (\d+)", header.read_text())
+    assert found and int(found[1]) == MAX_PRED_TOKENS + 1 == session._SINGLE_ROWS
+
+
+def rows(llm: Llama, n: int, fail: Callable[[int], None] = lambda i: None) -> tuple[list[int], Any]:
+    """n greedy tokens and the row of logits that each was sampled from."""
+    seen: list[Any] = []
+
+    def processor(input_ids: Any, scores: Any) -> Any:
+        seen.append(scores.copy())
+        return scores
+
+    tokens: list[int] = []
+    for token in llm.generate(PROMPT, temp=0.0, logits_processor=LogitsProcessorList([processor])):
+        tokens.append(token)
+        fail(len(tokens))
+        if len(tokens) == n:
+            break
+    return tokens, np.stack(seen[:n])
+
+
+@pytest.mark.parametrize("quant", ["F16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("n_batch", [20, 64])
+@pytest.mark.parametrize("at", [1, 30])
+def test_a_failure_does_not_cost_it(
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, quant: str, n_batch: int, at: int
+) -> None:
+    """What is evaluated again is evaluated in the batches that it was in: the prompt's, and single rows."""
+    files = plant(**BY_CONTEXT, quant=quant)
+    plain_tokens, plain = rows(llama(files.trunk, n_batch=n_batch), 80)
+    llm = llama(files.trunk, n_batch=n_batch, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))
+    target = llm._ds4_mtp._spec.target
+
+    def refuse(batch: Any) -> None:
+        monkeypatch.undo()
+        raise engine.DecodeError("injected", -3)
+
+    def fail(n: int) -> None:
+        if n == at:
+            monkeypatch.setattr(target, "decode", refuse)
+
+    with pytest.warns(RuntimeWarning, match="decoding plainly: verifying failed"):
+        tokens, logits = rows(llm, 80, fail)
+    assert tokens == plain_tokens
+    assert np.flatnonzero((logits != plain).any(1)).tolist() == []
+    assert llm.draft_model.stats.failures == 1
