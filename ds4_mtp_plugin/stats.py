@@ -53,11 +53,11 @@ class MtpStats:
         return tuple(a / p if p else 0.0 for a, p in zip(self.accepted_per_position, self.proposed_per_position))
 
     def __str__(self) -> str:
-        # The fields and their order are those of ds4's report (TrevorS/ds4, pull request 4).
+        # The fields and their order are those of ds4's report (TrevorS/ds4, pull request 4); ours come behind them.
         return (
             f"mtp accept: iters={self.iters} proposed={self.proposed} accepted={self.accepted} "
-            f"rate={100 * self.rate:.1f}% per_iter={self.per_iter:.2f}"
-            + (f" failures={self.failures}" if self.failures else "")
+            f"rate={100 * self.rate:.1f}% per_iter={self.per_iter:.2f} "
+            f"exact={'yes' if self.exact else 'no'}" + (f" failures={self.failures}" if self.failures else "")
         )
 
 

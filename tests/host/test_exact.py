@@ -82,6 +82,22 @@ def rows(llm: Llama, n: int, fail: Callable[[int], None] = lambda i: None) -> tu
     return tokens, np.stack(seen[:n])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"flash_attn": True}, *({"flash_attn": True, "type_k": kind, "type_v": kind} for kind in (0, 2, 8, 30))],
+    ids=["F16", "F32", "Q4_0", "Q8_0", "BF16"],
+)
+def test_it_holds_for_any_cache(llama: Make, plant: Plant, options: dict[str, Any]) -> None:
+    """Across the marks at 128, 256 and 512; past the last the engine would split the cache for a single row."""
+    files = plant(**BY_CONTEXT, quant="Q8_0")
+    plain_tokens, plain = rows(llama(files.trunk, n_threads=2, **options), 520)
+    draft = MtpDraft(files.mtp, num_pred_tokens=5, exact=True)
+    tokens, logits = rows(llama(files.trunk, n_threads=2, n_threads_batch=2, draft_model=draft, **options), 520)
+    assert tokens == plain_tokens
+    assert np.flatnonzero((logits != plain).any(1)).tolist() == []
+    assert 0 < draft.stats.accepted < draft.stats.proposed
+
+
 @pytest.mark.parametrize("quant", ["F16", "Q8_0", "Q4_0"])
 @pytest.mark.parametrize("n_batch", [20, 64])
 @pytest.mark.parametrize("at", [1, 30])

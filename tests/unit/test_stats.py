@@ -20,7 +20,7 @@ def test_counts_per_position_add_up() -> None:
     assert stats.per_iter == 1.0
 
 
-def test_the_report_is_ds4s() -> None:
+def test_the_report_begins_as_ds4s() -> None:
     stats = MtpStats(iters=44, proposed=88, accepted=55)
-    assert str(stats) == "mtp accept: iters=44 proposed=88 accepted=55 rate=62.5% per_iter=1.25"
-    assert str(MtpStats(failures=2)).endswith("per_iter=0.00 failures=2")
+    assert str(stats) == "mtp accept: iters=44 proposed=88 accepted=55 rate=62.5% per_iter=1.25 exact=no"
+    assert str(MtpStats(failures=2, exact=True)).endswith("per_iter=0.00 exact=yes failures=2")
