@@ -13,6 +13,7 @@ import pytest
 from llama_cpp import Llama
 from llama_cpp._logger import set_verbose
 
+from tests.fixtures import GPU_LAYERS
 from tests.fixtures.planted import Planted, planted
 
 set_verbose(False)  # the engine's log; a Llama's own `verbose` sets it again
@@ -32,6 +33,7 @@ def llama() -> Iterator[Callable[..., Llama]]:
 
     def make(path: Path | str, **options: Any) -> Llama:
         defaults: dict[str, Any] = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+        defaults["n_gpu_layers"] = GPU_LAYERS
         made.append(Llama(str(path), **{**defaults, **options}))
         return made[-1]
 

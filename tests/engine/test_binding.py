@@ -9,6 +9,7 @@ import pytest
 
 import ds4_mtp_plugin.host as host
 from ds4_mtp_plugin import engine
+from tests.fixtures import GPU_LAYERS
 from tests.fixtures.planted import BY_CONTEXT, Planted
 
 
@@ -19,7 +20,7 @@ def library() -> engine.Library:
 
 @pytest.fixture
 def trunk(library: engine.Library, plant: Callable[..., Planted]) -> Iterator[engine.Context]:
-    model = engine.Model(library, str(plant(**BY_CONTEXT).trunk))
+    model = engine.Model(library, str(plant(**BY_CONTEXT).trunk), n_gpu_layers=GPU_LAYERS)
     context = model.new_context(n_ctx=512, n_batch=64, n_ubatch=64, n_threads=1, n_threads_batch=1)
     yield context
     context.close()

@@ -11,6 +11,7 @@ import ds4_mtp_plugin.host as host
 from ds4_mtp_plugin import engine
 from ds4_mtp_plugin.mtp import MtpDrafter
 from ds4_mtp_plugin.speculative import CommonSpeculative, RollbackRefused
+from tests.fixtures import GPU_LAYERS
 from tests.fixtures.planted import BY_CONTEXT, Planted
 
 WINDOW = 128
@@ -33,8 +34,8 @@ class Pair:
         self.planted = planted
         library = engine.Library(host.library_path())
         self._models = [
-            engine.Model(library, str(planted.trunk)),
-            engine.Model(library, str(planted.mtp), load_mtp=True),
+            engine.Model(library, str(planted.trunk), n_gpu_layers=GPU_LAYERS),
+            engine.Model(library, str(planted.mtp), load_mtp=True, n_gpu_layers=GPU_LAYERS),
         ]
         threads = {"n_threads": 1, "n_threads_batch": 1, "n_seq_max": n_seq}
         self.target, self.head = (

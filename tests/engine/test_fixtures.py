@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tests.fixtures import GPU_LAYERS
 from tests.fixtures.ds4_gguf import Ds4Config, byte_vocab, mtp_shapes, trunk_shapes, write_gguf
-from tests.fixtures.planted import BY_CONTEXT, DECOYS, EOS, TINY, Planted, planted
+from tests.fixtures.planted import BY_CONTEXT, DECOYS, EOS, FLASH_QUANT, TINY, Planted, planted, replant
 from tests.fixtures.row_engine import RowEngine
 
 F32 = npt.NDArray[np.float32]
+
+WIDE = replace(TINY, n_embd=512, q_lora_rank=256, n_ff_exp=256)
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +50,7 @@ def context() -> Iterator[Callable[..., Context]]:
 
 
 def generate(path: Path, prompt: bytes, n: int) -> tuple[list[int], list[int], bytes]:
-    llm = llama_cpp.Llama(str(path), n_ctx=1024, n_threads=1, verbose=False)
+    llm = llama_cpp.Llama(str(path), n_ctx=1024, n_threads=1, n_gpu_layers=GPU_LAYERS, verbose=False)
     tokens = llm.tokenize(prompt)
     stream = llm.generate(tokens, temp=0.0)
     text = [next(stream) for _ in range(n)]
@@ -85,7 +89,7 @@ def test_the_walk_can_end(directory: Path) -> None:
     model = planted(directory, eos_after=10)
     start = int(model.cycle[0])
     assert model.follow(start, 11) == [*model.cycle[1:11], EOS]
-    llm = llama_cpp.Llama(str(model.trunk), n_ctx=256, n_threads=1, verbose=False)
+    llm = llama_cpp.Llama(str(model.trunk), n_ctx=256, n_threads=1, n_gpu_layers=GPU_LAYERS, verbose=False)
     text: Any = llm.create_completion([start], max_tokens=100, temperature=0.0)
     assert text["choices"][0]["finish_reason"] == "stop"
     assert text["usage"]["completion_tokens"] == 10
@@ -174,6 +178,48 @@ def test_only_the_mtp_file_has_a_nextn_layer(directory: Path, context: Callable[
     model = planted(directory)
     assert context(model.trunk)._context.n_layer_nextn == 0
     assert context(model.mtp, mtp=True)._context.n_layer_nextn == 1
+
+
+RATES = (0.9, 0.7, 0.5, 0.0)
+
+
+@pytest.mark.parametrize("draw", [False, True])
+def test_a_head_changes_its_acceptance_in_place(tmp_path: Path, context: Callable[..., Context], draw: bool) -> None:
+    model = planted(tmp_path / "a", acceptance=0.9, among=RATES, quant=FLASH_QUANT, draw=draw)
+    for acceptance in (0.5, 0.0, 0.7):
+        model = replant(model, acceptance)
+        assert model.acceptance == pytest.approx((acceptance,), abs=0.5 / len(model.cycle))
+        other = planted(tmp_path / "b", acceptance=acceptance, among=RATES, quant=FLASH_QUANT, draw=draw)
+        assert model.mtp.read_bytes() == other.mtp.read_bytes()
+        assert model.trunk.read_bytes() == other.trunk.read_bytes()
+    assert sorted((tmp_path / "a").iterdir()) == sorted([model.trunk, model.mtp])
+    ((fed, logits),) = drafts(context(model.trunk), context(model.mtp, mtp=True), model, 1)
+    assert (logits.argmax(1) == model.walk[fed]).mean() == pytest.approx(model.acceptance[0])
+    with pytest.raises(ValueError, match="other rates"):
+        replant(model, 0.8)
+
+
+def test_drawn_blocks_are_distributed_like_values(tmp_path: Path) -> None:
+    def rows(quant: Any, draw: bool, types: set[str]) -> dict[str, F32]:
+        reader = gguf.GGUFReader(planted(tmp_path, config=WIDE, quant=quant, draw=draw).trunk)
+        return {
+            tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            for tensor in reader.tensors
+            if tensor.name.startswith("blk.1.") and tensor.tensor_type.name in types
+        }
+
+    values, drawn = rows("F32", False, {"F32"}), rows(FLASH_QUANT, True, {"Q8_0", "MXFP4"})
+    assert len(drawn) > 10
+    for name, rows_drawn in drawn.items():
+        expected = values[name].std(-1)
+        assert ((rows_drawn.std(-1) == 0) == (expected == 0)).all(), name
+        assert rows_drawn.std() == pytest.approx(values[name].std(), rel=0.05), name
+        if len(expected) >= 32:  # in blocks of rows: a row alone is too few values to tell
+            size = [np.square(rows).reshape(-1, 32 * rows.shape[-1]).mean(1) for rows in (rows_drawn, values[name])]
+            assert size[0] == pytest.approx(size[1], rel=0.3), name
+        assert abs(rows_drawn.mean()) < 0.1 * rows_drawn.std(), name
+        distinct = np.unique(rows_drawn.reshape(-1, rows_drawn.shape[-1]), axis=0)
+        assert len(distinct) >= np.count_nonzero(expected), name
 
 
 # The files

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.fixtures import GPU_LAYERS
 from tests.fixtures.planted import TINY, Planted
 
 WIDE = replace(TINY, n_embd=512, q_lora_rank=256, o_lora_rank=128, n_head=8, head_dim=128, n_ff_exp=256)
@@ -21,8 +22,9 @@ SCRIPT = """
 import sys
 from ds4_mtp_plugin import MtpDraft
 from llama_cpp import Llama
-trunk, mtp, start = sys.argv[1], sys.argv[2], int(sys.argv[3])
-llm = Llama(trunk, n_ctx=512, verbose=False, draft_model=MtpDraft(mtp, num_pred_tokens=3))
+trunk, mtp, start, n_gpu_layers = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+draft = MtpDraft(mtp, num_pred_tokens=3)
+llm = Llama(trunk, n_ctx=512, verbose=False, draft_model=draft, n_gpu_layers=n_gpu_layers)
 tokens = []
 for token in llm.generate([start], temp=0.0):
     tokens.append(token)
@@ -37,7 +39,7 @@ def test_loads_and_walks(plant: Callable[..., Planted], quant: str) -> None:
     files = plant(config=WIDE, quant=quant, acceptance=0.8)
     start = int(files.cycle[0])
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(files.trunk), str(files.mtp), str(start)],
+        [sys.executable, "-c", SCRIPT, str(files.trunk), str(files.mtp), str(start), str(GPU_LAYERS)],
         capture_output=True,
         text=True,
         timeout=300,

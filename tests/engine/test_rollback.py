@@ -15,6 +15,7 @@ import pytest
 
 import ds4_mtp_plugin.host as host
 from ds4_mtp_plugin import engine
+from tests.fixtures import GPU_LAYERS
 from tests.fixtures.planted import BY_CONTEXT, Planted
 
 TEXT = np.random.default_rng(0).integers(260, 500, 400).tolist()
@@ -22,7 +23,8 @@ TEXT = np.random.default_rng(0).integers(260, 500, 400).tolist()
 
 @pytest.fixture(scope="module")
 def model(plant: Callable[..., Planted]) -> Iterator[engine.Model]:
-    model = engine.Model(engine.Library(host.library_path()), str(plant(**BY_CONTEXT).trunk))
+    library = engine.Library(host.library_path())
+    model = engine.Model(library, str(plant(**BY_CONTEXT).trunk), n_gpu_layers=GPU_LAYERS)
     yield model
     model.close()
 

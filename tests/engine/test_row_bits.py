@@ -11,8 +11,11 @@ import numpy.typing as npt
 import pytest
 from gguf import GGMLQuantizationType
 
+from tests.fixtures import GPU_LAYERS
 from tests.fixtures.planted import BY_CONTEXT, SMALL, Planted
 from tests.fixtures.row_engine import RowEngine
+
+pytestmark = pytest.mark.skipif(GPU_LAYERS != 0, reason="no GPU promises it: bench/device counts what differs there")
 
 # Past the marks at 128, 256 and 512, where the compressed layers change their state and the raw window is full; with
 # 3, 5 and 17 rows at a time, so that a batch begins at every position mod 4 and mod 128.
