@@ -31,10 +31,10 @@ HERE = Path(__file__).resolve().parent
 SDIST_VARIABLE = "DS4_MTP_ENGINE_SDIST"
 STAMP = ".fetched"
 
-# What the libraries are built from, below vendor/llama.cpp in the sdist. The rest (tools, tests, docs,
-# models: 140 of 176 MB) stays packed.
-WANTED_DIRS = ("cmake", "ggml", "include", "licenses", "src", "tools/mtmd", "vendor")
-WANTED_FILES = ("CMakeLists.txt", "LICENSE")
+# What the libraries are built from, below vendor/llama.cpp in the sdist, and llama.cpp's own server, which
+# benchmarks compare with. The rest (tools, tests, docs, models: 140 of 176 MB) stays packed.
+WANTED_DIRS = ("cmake", "common", "ggml", "include", "licenses", "src", "tools/mtmd", "tools/server", "vendor")
+WANTED_FILES = ("CMakeLists.txt", "LICENSE", "scripts/ui-assets.cmake", "tools/ui/CMakeLists.txt")
 
 
 class FetchError(Exception):
@@ -101,7 +101,7 @@ def fetch(dest: Path = HERE / "src", *, pin: Pin | None = None, cache: Path = HE
         FetchError: no source could be had, or not the pinned one. Nothing partial is left.
     """
     pin = pin or read_pin()
-    if _stamp(dest) == pin.sha256:
+    if _stamp(dest) == _content(pin):
         return dest
     try:
         sdist = fetch_sdist(pin, cache)
@@ -128,6 +128,11 @@ def fetch_sdist(pin: Pin, cache: Path = HERE / "cache") -> Path:
         raise FetchError(f"{SDIST_VARIABLE} names {sdist}, and no file is there: mend or unset it")
     _verify(sdist, pin, f"{SDIST_VARIABLE} names another file: get {pin.filename} anew or unset it")
     return sdist
+
+
+def _content(pin: Pin) -> str:
+    """What a whole tree's stamp says: of which sdist it is, and which part."""
+    return "\n".join([pin.sha256, *WANTED_DIRS, *WANTED_FILES])
 
 
 def _stamp(dest: Path) -> str | None:
@@ -220,7 +225,7 @@ def _unpack(sdist: Path, pin: Pin, dest: Path) -> None:
         if missing:
             names = ", ".join(missing)
             raise FetchError(f"{sdist} has no {names} in {pin.engine_dir}: mend WANTED_* in {__file__}")
-        (fresh / STAMP).write_text(pin.sha256 + "\n", encoding="ascii")
+        (fresh / STAMP).write_text(_content(pin) + "\n", encoding="ascii")
         fresh.chmod(0o755)  # mkdtemp's 0700 would lock other users of a shared checkout out
         if dest.exists():
             shutil.rmtree(dest)
