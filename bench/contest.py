@@ -30,6 +30,40 @@ class Contender:
     seconds: list[float] = dataclasses.field(default_factory=list)
     text: list[int] = dataclasses.field(default_factory=list)
 
+    def load(self, trunk: Path, **options: Any) -> None:
+        self.llm = Llama(str(trunk), verbose=False, **{**options, **self.options()})
+
+    def run(self, prompt: Sequence[int], n: int) -> None:
+        """n greedy tokens behind the prompt: adds to `seconds` the time from the first to the last."""
+        assert self.llm is not None
+        self.llm.reset()  # type: ignore[no-untyped-call, unused-ignore]
+        self.text = []
+        t0 = 0.0
+        for token in self.llm.generate(prompt, temp=0.0):
+            if not self.text:
+                t0 = time.perf_counter()
+            self.text.append(token)
+            if len(self.text) == n:
+                break
+        self.seconds.append(time.perf_counter() - t0)
+
+    def stats(self) -> dict[str, Any]:
+        """What speculation did, nothing without it."""
+        assert self.llm is not None
+        stats = getattr(self.llm.draft_model, "stats", None)
+        if stats is None:
+            return {}
+        return {
+            "accepted": [round(rate, 3) for rate in stats.rate_per_position],
+            "tokens_per_cycle": 1 + stats.per_iter,
+            "verify_ms": stats.verify_ms / max(1, stats.iters),
+            "step_ms": stats.draft_ms / max(1, stats.draft_decodes),
+        }
+
+    def close(self) -> None:
+        if self.llm is not None:
+            self.llm.close()
+
 
 def contenders(mtp: Path, depths: Sequence[int] = (1, 2, 3)) -> list[Contender]:
     """Plain decoding, the head at some depths, and the host's stock draft model."""
@@ -51,8 +85,11 @@ class Contest:
     ) -> None:
         self.field, self._n = list(field), n
         for each in self.field:
-            each.llm = Llama(str(trunk), verbose=False, **{**options, **each.options()})
-            self._prompt = each.llm.tokenize(prompt.encode()) if isinstance(prompt, str) else list(prompt)
+            each.load(trunk, **options)
+        if isinstance(prompt, str):
+            assert self.field[0].llm is not None
+            prompt = self.field[0].llm.tokenize(prompt.encode())
+        self._prompt = list(prompt)
         self._turn = 0
 
     def round(self) -> None:
@@ -62,22 +99,9 @@ class Contest:
         for each in order:
             if each.error is None:
                 try:
-                    self._run(each)
+                    each.run(self._prompt, self._n)
                 except RuntimeError as err:
                     each.error = f"{type(err).__name__}: {err}"
-
-    def _run(self, each: Contender) -> None:
-        assert each.llm is not None
-        each.llm.reset()
-        each.text = []
-        t0 = 0.0
-        for token in each.llm.generate(self._prompt, temp=0.0):
-            if not each.text:
-                t0 = time.perf_counter()
-            each.text.append(token)
-            if len(each.text) == self._n:
-                break
-        each.seconds.append(time.perf_counter() - t0)
 
     def results(self) -> dict[str, dict[str, Any]]:
         """By contender: tokens a second (median), ratio to plain (median, least, greatest), the same text or not."""
@@ -95,21 +119,12 @@ class Contest:
                 "greatest": ratios[-1],
                 "same_text": each.text == plain.text,
             }
-            assert each.llm is not None
-            stats = getattr(each.llm.draft_model, "stats", None)
-            if stats is not None:
-                table[each.name] |= {
-                    "accepted": [round(rate, 3) for rate in stats.rate_per_position],
-                    "tokens_per_cycle": 1 + stats.per_iter,
-                    "verify_ms": stats.verify_ms / max(1, stats.iters),
-                    "step_ms": stats.draft_ms / max(1, stats.draft_decodes),
-                }
+            table[each.name] |= each.stats()
         return table
 
     def close(self) -> None:
         for each in self.field:
-            if each.llm is not None:
-                each.llm.close()
+            each.close()
 
 
 def render(title: str, table: dict[str, dict[str, Any]]) -> str:

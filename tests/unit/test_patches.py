@@ -210,7 +210,7 @@ class TestSeries:
     def test_diffs_say_what_they_are(self, name: str, diff: bytes) -> None:
         assert name[:4].isdigit() and name[4] == "-" and name.endswith(".patch")
         header = diff[: diff.index(b"\ndiff --git ")].decode()
-        for key in ("What", "Why", "Tested", "Upstream"):
+        for key in ("What", "Why", "Backends", "Tested", "Upstream"):
             assert re.search(rf"^{key}: +\S", header, re.MULTILINE), f"{name} has no {key}: line"
         assert b"\r" not in diff
 
