@@ -23,10 +23,22 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+DEST = HERE.parent / "build" / "cuda"
 STAMP = ".installed"
 
 #: The release is pinned: what is built with it runs with the libraries of any later CUDA 13.
 PACKAGES = "cuda-toolkit[nvcc,crt,nvvm,cudart,cccl,cublas]==13.0.2"
+
+#: What the engine is configured with, for one architecture (90: H100, H200). The library paths of this machine would
+#: be of no use on the one with the GPU.
+OPTIONS = (
+    "-DGGML_CUDA=on",
+    "-DGGML_CUDA_NO_VMM=on",
+    "-DGGML_CUDA_NCCL=off",
+    "-DGGML_NATIVE=off",
+    "-DCMAKE_CUDA_ARCHITECTURES=90-real",
+    "-DCMAKE_INSTALL_RPATH_USE_LINK_PATH=off",
+)
 
 
 class ToolkitError(Exception):
@@ -64,6 +76,11 @@ def install(dest: Path) -> Path:
     return _root(dest)
 
 
+def environment(root: Path) -> dict[str, str]:
+    """The variables by which CMake finds the toolkit."""
+    return {"CUDACXX": str(root / "bin" / "nvcc"), "CUDAToolkit_ROOT": str(root)}
+
+
 def link(root: Path) -> None:
     """Adds the names that a linker looks for: the packages leave out what needs a symbolic link."""
     libraries = root / "lib"
@@ -84,7 +101,7 @@ def _root(dest: Path) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; prints the toolkit's root and returns the exit status."""
     parser = argparse.ArgumentParser(description="Make a CUDA toolkit out of PyPI's packages.")
-    parser.add_argument("--dest", type=Path, default=HERE.parent / "build" / "cuda", help="default: %(default)s")
+    parser.add_argument("--dest", type=Path, default=DEST, help="default: %(default)s")
     options = parser.parse_args(arguments)
     try:
         print(install(options.dest.resolve()))
