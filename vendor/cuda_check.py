@@ -19,7 +19,6 @@ from patches.apply import Series, parse, read_series  # noqa: E402
 from vendor import cuda_toolkit  # noqa: E402
 
 FOLDER = "ggml/src/ggml-cuda/"
-BUILD = ROOT / "build" / "device" / "cuda"
 
 
 def touched(series: Series) -> set[str]:
@@ -50,12 +49,13 @@ def main() -> int:
         return 0
     toolkit = cuda_toolkit.install(cuda_toolkit.DEST)
     env = {**os.environ, **cuda_toolkit.environment(toolkit)}
-    configure = ["cmake", "-S", str(ROOT / "vendor"), "-B", str(BUILD), "-G", "Ninja", *cuda_toolkit.OPTIONS]
+    build = str(cuda_toolkit.BUILD)
+    configure = ["cmake", "-S", str(ROOT / "vendor"), "-B", build, "-G", "Ninja", *cuda_toolkit.OPTIONS]
     subprocess.run(configure, check=True, env=env, stdout=subprocess.DEVNULL)
     sources = to_compile(files, ROOT / "vendor" / "patched")
     print(f"compiling {len(sources)} CUDA files:", *sources, sep="\n  ", flush=True)
     objects = [f"patched/{FOLDER}CMakeFiles/ggml-cuda.dir/{path[len(FOLDER) :]}.o" for path in sources]
-    return subprocess.run(["cmake", "--build", str(BUILD), "--target", *objects], env=env, check=False).returncode
+    return subprocess.run(["cmake", "--build", build, "--target", *objects], env=env, check=False).returncode
 
 
 if __name__ == "__main__":

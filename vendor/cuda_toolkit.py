@@ -24,6 +24,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 DEST = HERE.parent / "build" / "cuda"
+BUILD = HERE.parent / "build" / "device" / "cuda"  # of the engine with it
 STAMP = ".installed"
 
 #: The release is pinned: what is built with it runs with the libraries of any later CUDA 13.
