@@ -34,7 +34,14 @@ STAMP = ".fetched"
 # What the libraries are built from, below vendor/llama.cpp in the sdist, and llama.cpp's own server, which
 # benchmarks compare with. The rest (tools, tests, docs, models: 140 of 176 MB) stays packed.
 WANTED_DIRS = ("cmake", "common", "ggml", "include", "licenses", "src", "tools/mtmd", "tools/server", "vendor")
-WANTED_FILES = ("CMakeLists.txt", "LICENSE", "scripts/ui-assets.cmake", "tools/ui/CMakeLists.txt")
+WANTED_FILES = (
+    "CMakeLists.txt",
+    "LICENSE",
+    "scripts/ui-assets.cmake",
+    "tools/ui/CMakeLists.txt",
+    "tools/ui/ui.cpp.in",
+    "tools/ui/ui.h.in",
+)
 
 
 class FetchError(Exception):
