@@ -1,6 +1,6 @@
 """Runs every step that is not done yet, as far as the time goes; how and where, `bench.device` says.
 
-Only the standard library is used: what the steps need lies in the archive's ``site``.
+Only the standard library is used: what the steps need was packed beside it.
 """
 
 from __future__ import annotations
@@ -48,13 +48,12 @@ def cuda_libraries() -> list[str]:
 
 
 def environment(cpu: bool) -> dict[str, str]:
-    site = HERE / "site"
     env = dict(os.environ)
     for name in [name for name in env if name.startswith("DS4_MTP_")]:
         del env[name]
     env.pop("LLAMA_CPP_LIB_PATH", None)
-    env["PYTHONPATH"] = os.pathsep.join([str(site), str(HERE)])
-    libraries = [str(site / "ds4_mtp_plugin" / "lib"), *([] if cpu else cuda_libraries())]
+    env["PYTHONPATH"] = str(HERE)
+    libraries = [str(HERE / "ds4_mtp_plugin" / "lib"), *([] if cpu else cuda_libraries())]
     env["LD_LIBRARY_PATH"] = ":".join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
     env["DS4_LLAMA_SERVER"] = str(HERE / "server" / "llama-server")
     env["DS4_TEST_GPU_LAYERS"] = "0" if cpu else "-1"
@@ -131,6 +130,8 @@ def main() -> int:
         results.pop(step, None)
     if not any(models.glob("big/*-trunk.gguf")):
         results.pop("plant", None)  # another machine than last time
+    if "failed" in results.get("machine", {}):
+        del results["machine"]
     left = [step for step in steps(args.tiny) if step not in results]
     while left and time.monotonic() - t0 + (0 if args.tiny else limit(left[0])) <= args.budget:
         step = left.pop(0)
@@ -141,7 +142,7 @@ def main() -> int:
         fresh.replace(kept)
         print(results[step].get("failed", "done"), f"{results[step]['seconds_taken']} s", flush=True)
         if step == "machine" and "failed" in results[step]:
-            break  # without the engine and a GPU nothing else means anything
+            left = []  # without the engine and a GPU nothing else means anything
     (out / "table.txt").write_text(render(results))
     print(render(results))
     failed = [step for step, result in results.items() if "failed" in result]

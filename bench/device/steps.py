@@ -17,6 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ds4_mtp_plugin  # noqa: F401  first, so that the host runs on its library
+
+# isort: split
 import llama_cpp._internals as internals
 import numpy as np
 from llama_cpp import Llama, llama_cpp
