@@ -69,12 +69,11 @@ def install(wheels: Path, site: Path, python: str) -> None:
 
 def pack(archive: Path, stage: Path, without: list[str]) -> None:
     def wanted(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-        left_out = any(member.name.startswith(package) for package in without)
+        left_out = any(member.name.startswith(f"site/{package}") for package in without)
         return None if left_out or "__pycache__" in member.name else member
 
     with tarfile.open(archive, "w:xz") as file:
-        # The packages lie at the root, where Python and the tests' own processes find them without being told.
-        for path in [*(ROOT / name for name in TRAVELS), *sorted((stage / "site").iterdir()), stage / "server"]:
+        for path in [*(ROOT / name for name in TRAVELS), stage / "site", stage / "server"]:
             file.add(path, path.name, filter=wanted)
 
 

@@ -1,6 +1,6 @@
 """Runs every step that is not done yet, as far as the time goes; how and where, `bench.device` says.
 
-Only the standard library is used: what the steps need was packed beside it.
+Only the standard library is used: what the steps need was packed in ``site``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+import venv
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,27 @@ def cuda_libraries() -> list[str]:
     return found
 
 
+def interpreter() -> str:
+    """A Python that finds the packed packages, and then this one's, whatever a test does with PYTHONPATH."""
+    home = HERE / "python"
+    if not home.exists():
+        fresh = home.with_suffix(".part")
+        venv.create(fresh, clear=True, symlinks=True)
+        [packages] = fresh.glob("lib/python*/site-packages")
+        others = [path for path in sys.path if path.endswith("-packages")]
+        (packages / "packed.pth").write_text("\n".join([str(HERE / "site"), *others]) + "\n")
+        fresh.rename(home)
+    return str(home / "bin" / "python")
+
+
 def environment(cpu: bool) -> dict[str, str]:
     env = dict(os.environ)
     for name in [name for name in env if name.startswith("DS4_MTP_")]:
         del env[name]
     env.pop("LLAMA_CPP_LIB_PATH", None)
-    env["PYTHONPATH"] = str(HERE)
-    libraries = [str(HERE / "ds4_mtp_plugin" / "lib"), *([] if cpu else cuda_libraries())]
-    env["LD_LIBRARY_PATH"] = ":".join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
+    env.pop("PYTHONPATH", None)
+    if not cpu:
+        env["LD_LIBRARY_PATH"] = ":".join([*cuda_libraries(), *filter(None, [env.get("LD_LIBRARY_PATH")])])
     env["DS4_LLAMA_SERVER"] = str(HERE / "server" / "llama-server")
     env["DS4_TEST_GPU_LAYERS"] = "0" if cpu else "-1"
     env["PYTHONDONTWRITEBYTECODE"] = "1"
@@ -66,7 +80,7 @@ def steps(tiny: bool) -> list[str]:
     files = [path for room in ("engine", "host") for path in sorted(HERE.glob(f"tests/{room}/test_*.py"))]
     tests = [str(path.relative_to(HERE)) for path in files]
     if tiny:  # they all run in CI anyway: one of each room, for this script's sake
-        tests = ["tests/engine/test_binding.py", "tests/host/test_script.py"]
+        tests = ["tests/engine/test_binding.py", "tests/host/test_cli.py"]
     races = [f"{step} {rate}" for rate in RATES for step in ("contest", "servers")]
     return ["machine", *tests, "text", "middle", "plant", "bits", "costs", *races]
 
@@ -80,9 +94,9 @@ def do(step: str, options: dict[str, Any], env: dict[str, str], out: Path) -> di
     result = out / "step.json"
     result.unlink(missing_ok=True)
     if step.startswith("tests/"):
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", step]
+        command = [interpreter(), "-m", "pytest", "-q", "-p", "no:cacheprovider", step]
     else:
-        command = [sys.executable, "-m", "bench.device.steps", *step.split()]
+        command = [interpreter(), "-m", "bench.device.steps", *step.split()]
     given = json.dumps({**options, "result": str(result)})
     t0 = time.monotonic()
     log = out / f"{step.replace('/', '-').replace(' ', '-')}.log"

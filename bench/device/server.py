@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.contest import Contender
+from ds4_mtp_plugin.engine import LIBRARY_DIR
 
 BINARY = "DS4_LLAMA_SERVER"  # the environment variable that names it
 
@@ -46,8 +47,11 @@ class ServerContender(Contender):
         command += ["-ngl", self._gpu, "-c", str(options["n_ctx"]), "-np", "1", "--no-warmup", "--fit", "off"]
         if "n_threads" in options:
             command += ["-t", str(options["n_threads"]), "-tb", str(options["n_threads"])]
+        # It has no libllama of its own.
+        libraries = ":".join([str(LIBRARY_DIR), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
+        env = {**os.environ, "LD_LIBRARY_PATH": libraries}
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
         while True:
             with contextlib.suppress(OSError):  # not listening yet, or 503 while it loads
                 urllib.request.urlopen(f"{self._url}/health", timeout=5).close()

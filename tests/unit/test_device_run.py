@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def test_the_models_go_to_the_gpu_and_no_switch_comes_along(elsewhere: None, mon
     env = run.environment(cpu=False)
     assert "DS4_MTP_SPEC_DISABLE" not in env and "LLAMA_CPP_LIB_PATH" not in env
     assert env["DS4_TEST_GPU_LAYERS"] == "-1"
-    assert env["LD_LIBRARY_PATH"].split(":")[1] == "/cuda"
+    assert env["LD_LIBRARY_PATH"].split(":")[0] == "/cuda"
 
 
 def test_every_step_fits_a_call() -> None:
@@ -54,7 +55,8 @@ def test_every_step_fits_a_call() -> None:
     assert all(run.limit(name) <= run.BUDGET_S < 600 for name in names)
 
 
-def test_a_step_that_fails_is_a_result(tmp_path: Path) -> None:
+def test_a_step_that_fails_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "interpreter", lambda: sys.executable)
     result = run.do("tests/nowhere.py", {}, dict(os.environ), tmp_path)
     assert result["failed"].startswith("status") and any("nowhere.py" in line for line in result["said"])
     assert "FAILED" in render({"tests/nowhere.py": result})
