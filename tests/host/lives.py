@@ -26,6 +26,7 @@ from llama_cpp import Llama
 from llama_cpp._logger import set_verbose
 
 from ds4_mtp_plugin import MtpDraft
+from tests.fixtures import GPU_LAYERS
 from tests.text import generate
 
 N_TOKENS = 40
@@ -42,6 +43,7 @@ class Pair:
         """One that drafts, or with a depth of None a plain one."""
         draft = None if depth is None else MtpDraft(self.mtp, num_pred_tokens=depth)
         defaults = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "seed": 1}
+        defaults["n_gpu_layers"] = GPU_LAYERS
         return Llama(self.trunk, draft_model=draft, **{**defaults, **options})
 
     def plain(self, prompt: list[int], n: int = N_TOKENS, **sampling: Any) -> list[int]:

@@ -20,6 +20,7 @@ from llama_cpp import Llama, LlamaGrammar, LogitsProcessorList, StoppingCriteria
 from ds4_mtp_plugin import MtpDraft, MtpStats
 from ds4_mtp_plugin.cli.demo import BASE, HEAD
 from tests import LONG
+from tests.fixtures import GPU_LAYERS
 from tests.fixtures.planted import BY_CONTEXT, Planted
 
 Plant = Callable[..., Planted]
@@ -113,6 +114,7 @@ class Both:
             base, head = files.trunk, files.mtp
         draft = MtpDraft(head, num_pred_tokens=depth) if depth else None
         defaults = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "seed": 5}
+        defaults["n_gpu_layers"] = GPU_LAYERS
         self._made.append(Llama(str(base), draft_model=draft, **{**defaults, **options}))
         return self._made[-1]
 
