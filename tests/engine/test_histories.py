@@ -14,6 +14,7 @@ import ds4_mtp_plugin.host as host
 from ds4_mtp_plugin import engine
 from ds4_mtp_plugin.speculative import CommonSpeculative
 from tests import LONG
+from tests.fixtures import GPU_LAYERS
 from tests.fixtures.planted import BY_CONTEXT, Planted
 
 N_CYCLES = 250  # a history; at most 9 tokens each, so that a context of 2304 holds it
@@ -43,7 +44,8 @@ class Scripted:
 
 @pytest.fixture(scope="module")
 def model(plant: Callable[..., Planted]) -> Iterator[engine.Model]:
-    model = engine.Model(engine.Library(host.library_path()), str(plant(**BY_CONTEXT).trunk))
+    library = engine.Library(host.library_path())
+    model = engine.Model(library, str(plant(**BY_CONTEXT).trunk), n_gpu_layers=GPU_LAYERS)
     yield model
     model.close()
 
