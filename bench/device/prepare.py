@@ -16,11 +16,11 @@ import tarfile
 from pathlib import Path
 
 from vendor import cuda_toolkit
+from vendor.fetch import fetch_sdist, read_pin
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_MB = 60
 
-HOST = "llama-cpp-python==0.3.36"
 DEPENDENCIES = ("cffi", "numpy", "gguf", "pytest", "pytest-benchmark", "jinja2", "diskcache", "typing_extensions")
 PLATFORMS = (
     "linux_x86_64",
@@ -58,8 +58,7 @@ def build(cpu: bool, wheels: Path, server: Path) -> None:
 
 def install(wheels: Path, site: Path, python: str) -> None:
     """All packages for that Python, which need not be the one that runs this; the host's without its engine."""
-    sdist = Path(os.environ.get("DS4_MTP_ENGINE_SDIST") or ROOT / "vendor" / "cache" / "llama_cpp_python-0.3.36.tar.gz")
-    host = str(sdist) if sdist.exists() else HOST
+    host = str(fetch_sdist(read_pin()))
     pip("wheel", "--no-deps", "--no-cache-dir", "--wheel-dir", str(wheels), "--config-settings=wheel.cmake=false", host)
     target = ["--only-binary=:all:", "--implementation=cp", f"--python-version={python}"]
     target += [f"--platform={platform}" for platform in PLATFORMS]
