@@ -14,7 +14,10 @@ from llama_cpp import Llama, LogitsProcessorList
 
 from ds4_mtp_plugin import MtpDraft, engine, host, session, settings
 from ds4_mtp_plugin.draft import MAX_PRED_TOKENS
+from tests.fixtures import GPU_LAYERS
 from tests.fixtures.planted import BY_CONTEXT, Planted
+
+pytestmark = pytest.mark.skipif(GPU_LAYERS != 0, reason="no GPU promises it")
 
 Make = Callable[..., Llama]
 Plant = Callable[..., Planted]
