@@ -15,11 +15,11 @@ HELP = "plain and speculative text of the model that comes with the plugin"
 MODELS = _pathlib.Path(__file__).resolve().parent.parent / "models"
 BASE, HEAD = MODELS / "ds4-mini-q8_0.gguf", MODELS / "ds4-mini-mtp-q8_0.gguf"
 
-_PROMPT = "def read_lines(path):\n    "
+_PROMPT = "This module implements a number of functions that"
 
 
 def add_arguments(parser: _argparse.ArgumentParser) -> None:
-    parser.add_argument("-p", "--prompt", default=_PROMPT, help="text to continue (default: the head of a function)")
+    parser.add_argument("-p", "--prompt", default=_PROMPT, help="text to continue (default: %(default)r)")
     _compare.add_arguments(parser, n_predict=128, ctx=2048)
 
 
