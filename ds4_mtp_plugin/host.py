@@ -264,10 +264,14 @@ def _why_off(arguments: _t.Mapping[str, _t.Any]) -> str | None:
 def _why_not_exact(n_gpu_layers: int) -> str | None:
     """Why a row may round otherwise in a verify than alone; None where it does not."""
     machine = _platform.machine().lower()
-    if machine not in ("x86_64", "amd64", "aarch64", "arm64"):
-        return f"the kernels of this CPU ({machine}) are not held to it, those of x86-64 and ARM64 are"
-    if n_gpu_layers and _llama_cpp.llama_supports_gpu_offload():
+    if machine not in ("x86_64", "amd64"):
+        return f"it was tested on no CPU of this kind ({machine}), on x86-64 alone"
+    if not _llama_cpp.llama_supports_gpu_offload():
+        return None
+    if n_gpu_layers:
         return f"layers are on a GPU (n_gpu_layers={n_gpu_layers}), whose kernels depend on the number of rows"
+    if "GGML_OP_OFFLOAD_MIN_BATCH" in _os.environ:
+        return "GGML_OP_OFFLOAD_MIN_BATCH is set, by which a verify may go to a GPU where a single row does not"
     return None
 
 
@@ -311,7 +315,10 @@ def _open_session(library: _engine.Library, llama: _t.Any, draft: _MtpDraft) -> 
         except ValueError as err:
             raise _NoSpeculation(str(err)) from None
         if (context.n_embd_out, context.n_vocab) != (target.n_embd_out, target.n_vocab):
-            raise ValueError(f"{draft.model_path} does not belong to {llama.model_path} as the engine loaded it")
+            raise ValueError(
+                f"{draft.model_path} does not belong to {llama.model_path} as the engine loaded it; take the "
+                "MTP GGUF that was converted from the same checkpoint"
+            )
         spec = _CommonSpeculative(target, drafter, n_draft=depth)
         spec.counters.exact = _why_not_exact(llama.model_params.n_gpu_layers) is None
         draft._attach(spec)

@@ -134,13 +134,18 @@ class Session:
 
     def save_state(self, host_save_state: _t.Callable[[], _t.Any]) -> _t.Any:
         self.settle()
-        return host_save_state()
+        state = host_save_state()
+        state.ds4_mtp_prompts = self._prompts[:]
+        return state
 
     def load_state(self, host_load_state: _t.Callable[..., None], state: _t.Any) -> None:
         self.settle()
         try:
             host_load_state(state)
-            self._known = self._llama.n_tokens
+            self._known = n_tokens = self._llama.n_tokens
+            # One that a Llama without a draft saved: most likely a prompt.
+            unsaid = [(0, n_tokens)] if n_tokens > _SINGLE_ROWS else []
+            self._prompts = list(getattr(state, "ds4_mtp_prompts", unsaid))
         finally:
             self._spec.begin(_SEQ)  # hidden rows are no part of a state: cold until a token is evaluated
 

@@ -21,7 +21,7 @@ class Settings:
     # DS4_MTP_STRICT: the bytes of plain decoding, or an error.
     strict: bool = False
     # DS4_MTP_ACCEPT_REPORT: the line of statistics when a Llama is closed.
-    report: bool | None = None
+    report: bool = False
     # DS4_MTP_SPEC_LOG: a line for every rejected draft.
     log: bool = False
     # DS4_MTP_MIN_MARGIN: the margin gate; 0 turns it off.
@@ -50,7 +50,7 @@ class Settings:
         return cls(
             disable=on("DS4_MTP_SPEC_DISABLE"),
             strict=on("DS4_MTP_STRICT"),
-            report=True if on("DS4_MTP_ACCEPT_REPORT") else None,
+            report=on("DS4_MTP_ACCEPT_REPORT"),
             log=on("DS4_MTP_SPEC_LOG"),
             margin=margin,
         )

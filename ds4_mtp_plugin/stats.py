@@ -49,7 +49,7 @@ class MtpStats:
 
     @property
     def rate_per_position(self) -> tuple[float, ...]:
-        """Share of the drafts at depth 1, 2, ... that were accepted (all before them were accepted too)."""
+        """Share of the drafts verified at depth 1, 2, ... that were accepted, which all before them were too."""
         return tuple(a / p if p else 0.0 for a, p in zip(self.accepted_per_position, self.proposed_per_position))
 
     def __str__(self) -> str:

@@ -39,7 +39,12 @@ def add_model_arguments(parser: _argparse.ArgumentParser) -> None:
 
 def add_arguments(parser: _argparse.ArgumentParser, *, n_predict: int, ctx: int, sampling: bool = True) -> None:
     parser.add_argument(
-        "-n", "--n-predict", type=int, default=n_predict, metavar="N", help="tokens (default %(default)s)"
+        "-n",
+        "--n-predict",
+        type=int,
+        default=n_predict,
+        metavar="N",
+        help="tokens, 0 or less: until the end of text or context (default %(default)s)",
     )
     parser.add_argument("-k", "--num-pred-tokens", type=int, default=2, metavar="K", help="drafts a cycle (default 2)")
     parser.add_argument("-c", "--ctx-size", type=int, default=ctx, metavar="N", help="context (default %(default)s)")
@@ -94,7 +99,8 @@ def generate(
     """Load, generate and stream to stdout, and free everything again."""
     with loaded(model_path, draft, args, **options) as llm:
         prompt_tokens = tokenize(llm, prompt, args)
-        n = min(args.n_predict, args.ctx_size - len(prompt_tokens))
+        room = args.ctx_size - len(prompt_tokens)
+        n = min(args.n_predict, room) if args.n_predict > 0 else room
         text = _codecs.getincrementaldecoder("utf-8")(errors="replace")
         tokens: list[int] = []
         t0 = first = _time.perf_counter()

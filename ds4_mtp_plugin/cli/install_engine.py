@@ -29,17 +29,19 @@ def add_arguments(parser: _argparse.ArgumentParser) -> None:
 
 
 def do(args: _argparse.Namespace) -> int:
+    from .._ready import _HOST_VERSION, _INSTALL_HOST
+
     host = _host_folder()
     if host is None:
-        raise RuntimeError("llama-cpp-python is not installed")
+        raise RuntimeError(f"llama-cpp-python is not installed: {_INSTALL_HOST}")
     if args.undo:
         print(undo(host))
         return 0
-    from .._ready import _HOST_VERSION
-
     version = _metadata.version("llama-cpp-python")
     if version != _HOST_VERSION:
-        raise RuntimeError(f"llama-cpp-python {version} is installed; the engine is one of {_HOST_VERSION}")
+        raise RuntimeError(
+            f"llama-cpp-python {version} is installed; the engine is one of {_HOST_VERSION}: {_INSTALL_HOST}"
+        )
     print(install(host, _engine_folder()))
     return 0
 

@@ -25,7 +25,11 @@ def add_arguments(parser: _argparse.ArgumentParser) -> None:
 
 def do(args: _argparse.Namespace) -> int:
     if args.mtp and not args.mtp.endswith(".gguf"):
-        raise ValueError(f"--mtp {args.mtp}: by its name no GGUF, and another draft_model means prompt lookup")
+        raise ValueError(
+            f"--mtp {args.mtp}: the server takes a name without .gguf at its end for prompt lookup; rename the file"
+        )
+    if args.num_pred_tokens is not None and not args.mtp:
+        raise ValueError("-k is of the head that --mtp names; in a --config_file it is draft_model_num_pred_tokens")
     from .. import server as _server  # noqa: F401  from here on the server's settings name heads
 
     main: _t.Any = _importlib.import_module("llama_cpp.server.__main__")

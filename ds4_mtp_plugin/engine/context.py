@@ -136,12 +136,6 @@ class Context:
             self._lib.llama_free(self._ptr)
         self._ptr = None
 
-    def metadata(self, key: str) -> str | None:
-        """The model's metadata value of `key` as text, None where it has none."""
-        buf = _ffi.new("char[]", 1024)
-        n = self._lib.llama_model_meta_val_str(self._model, key.encode(), buf, 1024)
-        return None if n < 0 else _ffi.string(buf).decode(errors="replace")
-
     def is_eog(self, token: int) -> bool:
         """Whether a text ends with `token`."""
         return bool(self._lib.llama_vocab_is_eog(self._vocab, token))

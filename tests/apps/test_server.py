@@ -186,7 +186,8 @@ def test_models_of_a_config_file(command: list[str], tmp_path: Path, plain: list
     [
         (["-m", str(BASE), "--mtp", "missing.gguf"], 1, "ds4-mtp serve: MtpDraft: missing.gguf: no such file"),
         (["-m", str(BASE), "--mtp", str(BASE)], 1, f"ds4-mtp serve: {BASE} has no MTP"),
-        (["-m", str(BASE), "--mtp", "head.bin"], 1, "ds4-mtp serve: --mtp head.bin: by its name no GGUF"),
+        (["-m", str(BASE), "--mtp", "head.bin"], 1, "ds4-mtp serve: --mtp head.bin: the server takes"),
+        (["-m", str(BASE), "-k", "3"], 1, "ds4-mtp serve: -k is of the head that --mtp names"),
         (["-m", str(BASE), "--mtp", str(HEAD), "--no_such_setting", "1"], 2, "usage: ds4-mtp serve"),
     ],
 )

@@ -30,6 +30,16 @@ def test_compare_says_that_the_texts_are_the_same(
     assert "the same 60 tokens" in out
 
 
+@pytest.mark.parametrize("n", ["0", "-1"])
+def test_without_a_number_it_ends_with_the_context(
+    plant: Callable[..., Planted], capsys: pytest.CaptureFixture[str], n: str
+) -> None:
+    files = plant(acceptance=1.0)
+    argv = ["run", "-m", str(files.trunk), "--mtp", str(files.mtp), "-p", "a", "-n", n, "-c", "64", "-t", "1"]
+    assert cli.main(argv) == 0
+    assert "accepted     1: 100 %" in capsys.readouterr().out
+
+
 def test_texts_that_differ_are_exit_status_3(
     plant: Callable[..., Planted], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,15 @@ def test_on_a_gpu_it_is_refused(llama: Make, plant: Plant, monkeypatch: pytest.M
     assert llama(files.trunk, n_gpu_layers=0, draft_model=draft).draft_model.stats.exact
 
 
+def test_a_verify_that_may_go_to_a_gpu_is_refused(llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = plant(acceptance=1.0)
+    monkeypatch.setenv("GGML_OP_OFFLOAD_MIN_BATCH", "2")
+    assert llama(files.trunk, draft_model=MtpDraft(files.mtp, exact=True)).draft_model.stats.exact
+    monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
+    with pytest.raises(ValueError, match="cannot be promised here: GGML_OP_OFFLOAD_MIN_BATCH is set"):
+        llama(files.trunk, draft_model=MtpDraft(files.mtp, exact=True))
+
+
 def test_a_gpu_without_the_promise_is_no_error_and_said(
     llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,7 +67,7 @@ def test_a_gpu_without_the_promise_is_no_error_and_said(
 def test_a_cpu_that_nobody_looked_at_is_refused(llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     files = plant(acceptance=1.0)
     monkeypatch.setattr("platform.machine", lambda: "ppc64le")
-    with pytest.raises(ValueError, match="cannot be promised here: the kernels of this CPU .ppc64le."):
+    with pytest.raises(ValueError, match="cannot be promised here: it was tested on no CPU of this kind .ppc64le."):
         llama(files.trunk, draft_model=MtpDraft(files.mtp, exact=True))
 
 
@@ -126,3 +135,32 @@ def test_a_failure_does_not_cost_it(
     assert tokens == plain_tokens
     assert np.flatnonzero((logits != plain).any(1)).tolist() == []
     assert llm.draft_model.stats.failures == 1
+
+
+@pytest.mark.parametrize("saved_by", ["a draft", "a plain Llama"])
+def test_a_loaded_state_is_evaluated_again_as_it_was(llama: Make, plant: Plant, saved_by: str) -> None:
+    """Where memory is lost behind load_state, and another text was there before it."""
+    files = plant(**BY_CONTEXT, quant="F16")
+    text = np.random.default_rng(4).integers(260, 500, 200).tolist()
+
+    def make(draft: bool = True) -> Llama:
+        return llama(files.trunk, draft_model=MtpDraft(files.mtp) if draft else None)
+
+    source = make(saved_by == "a draft")
+    source.eval(text[:70])
+    if saved_by == "a draft":
+        for token in text[70:75]:
+            source.eval([token])
+    state = source.save_state()
+    seen = []
+    for lose in (False, True):
+        llm = make()
+        llm.eval(text[80:])
+        llm.load_state(state)
+        if lose:
+            llm._ds4_mtp._uncertain = True
+            llm._ds4_mtp.settle()
+        assert llm._input_ids.tolist() == text[: state.n_tokens]
+        llm.eval([300])
+        seen.append(np.ctypeslib.as_array(llm._ctx.get_logits(), (llm.n_vocab(),)).copy())
+    assert np.array_equal(*seen)

@@ -134,7 +134,7 @@ def _texts(llm: Any, temperature: float, max_tokens: int) -> Iterator[str]:
 def measure_acceptance(folder: Path, max_tokens: int = 200) -> dict[str, Any]:
     """Acceptance per draft position and temperature, on the engine, with the host's own sampler.
 
-    Position j's rate is the share of drafts at depth j that were accepted, given that those before it were.
+    Position j's rate is the share of drafts at depth j that were accepted, with all before them.
     """
     from ds4_mtp_plugin import MtpDraft  # first: it makes the host load our engine
 
@@ -190,7 +190,8 @@ def card(facts: dict[str, Any]) -> str:
         acceptance = f"""
 ## Acceptance
 Drafts of the MTP head that the host's sampler chose itself, at depth {DEPTH}, over {found["prompts"]} prompts of up to
-{found["max_tokens"]} new tokens each. A position's rate is given that the positions before it were accepted.
+{found["max_tokens"]} new tokens each. A position's rate is the share of its drafts that were accepted,
+with all before them.
 
 {_acceptance_section(found)}
 

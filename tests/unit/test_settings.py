@@ -15,7 +15,7 @@ def test_unset_empty_and_0_are_off() -> None:
         "DS4_MTP_CONTINUOUS",
     )
     assert Settings.of({}) == Settings.of(dict.fromkeys(names, "")) == Settings.of(dict.fromkeys(names, "0"))
-    assert Settings.of({}) == Settings(disable=False, strict=False, report=None, log=False, margin=None)
+    assert Settings.of({}) == Settings(disable=False, strict=False, report=False, log=False, margin=None)
 
 
 def test_anything_else_is_on() -> None:
