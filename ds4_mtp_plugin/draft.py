@@ -58,7 +58,7 @@ class MtpDraft(_LlamaDraftModel):  # type: ignore[misc, unused-ignore]
                 micro-batch or the context has no room for as many, and to 16.
             exact: True for the bytes of plain decoding, or a ValueError from the Llama that says why they cannot be
                 promised there. None and False ask for no promise: text is exact wherever the engine can be at no cost,
-                on CPUs, and near-greedy elsewhere; ``stats.exact`` says which.
+                on x86-64 CPUs, and near-greedy elsewhere; ``stats.exact`` says which.
             p_min: end a draft before the first token whose probability is less, 0 to 1.
             margin: end a draft before the first token that leads the second best logit by less; None or 0 for no gate.
             n_gpu_layers: layers of the head on the GPU, -1 all; None as the target's.
