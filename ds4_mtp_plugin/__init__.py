@@ -3,24 +3,27 @@
 Import this before ``llama_cpp``: the host then loads the llama.cpp library that this package brings.
 """
 
-import pathlib as _pathlib
-import sys as _sys
-import typing as _t
+from typing import Any
 
 __version__ = "0.1.0"
 __all__ = ["MtpDraft", "MtpStats", "__version__"]
 
-_import_error: _t.Optional[ImportError] = None
+#: Why the package does not work here, None where it does. `ds4-mtp doctor` and `install-engine` are there to mend it,
+#: so importing the package succeeds and using it says why it cannot.
+import_error: ImportError | None = None
 
 try:
-    from . import _ready as _ready
+    from .host import ready
 
-    _ready.ready()  # before anything imports the host
+    ready()  # before anything imports the host
 
     from .draft import MtpDraft
     from .stats import MtpStats
 except ImportError as _err:
-    # The command says it in a line, and its doctor and install-engine are there to mend it.
-    if _pathlib.PurePath(_sys.argv[0] if getattr(_sys, "argv", None) else "").stem != "ds4-mtp":
-        raise
-    _import_error = _err
+    import_error = _err
+
+
+def __getattr__(name: str) -> Any:
+    if import_error is not None and name in __all__:
+        raise import_error
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import os as _os
-import pathlib as _pathlib
-import sys as _sys
-import typing as _t
+import os
+import sys
+from pathlib import Path
+from typing import Any
 
-import numpy as _np
-import numpy.typing as _npt
-from llama_cpp.llama_speculative import LlamaDraftModel as _LlamaDraftModel
+import numpy as np
+import numpy.typing as npt
+from llama_cpp.llama_speculative import LlamaDraftModel
 
-from .depth import Gate as _Gate
-from .gguf_file import check_head as _check_head
-from .settings import current as _current
-from .stats import MtpStats as _MtpStats
+from .gguf_file import check_head
+from .settings import current
+from .speculation import CommonSpeculative, Gate
+from .stats import MtpStats
 
-if _t.TYPE_CHECKING:
-    from .speculative import CommonSpeculative as _CommonSpeculative
+__all__ = ["MAX_PRED_TOKENS", "MtpDraft", "attach", "detach", "gate", "in_use"]
 
 # The greatest depth there is (ds4 has the same bound); one block trained for one step pays for far fewer.
 MAX_PRED_TOKENS = 16
 
 
-class MtpDraft(_LlamaDraftModel):  # type: ignore[misc, unused-ignore]
+class MtpDraft(LlamaDraftModel):  # type: ignore[misc, unused-ignore]
     """Speculative decoding of a DeepSeek-V4 model with its MTP (NextN) head.
 
     Pass it as ``draft_model`` to ``llama_cpp.Llama`` and use that as before: its text is what it would be without,
@@ -40,7 +39,7 @@ class MtpDraft(_LlamaDraftModel):  # type: ignore[misc, unused-ignore]
 
     def __init__(
         self,
-        model_path: str | _os.PathLike[str],
+        model_path: str | os.PathLike[str],
         *,
         num_pred_tokens: int = 2,
         exact: bool | None = None,
@@ -73,7 +72,7 @@ class MtpDraft(_LlamaDraftModel):  # type: ignore[misc, unused-ignore]
             ValueError: an option is out of range, or the file's header is not that of an MTP GGUF. (Whether it belongs
                 to a model is checked when a Llama takes the draft, before that loads anything.)
         """
-        path = _pathlib.Path(model_path)
+        path = Path(model_path)
         if not path.is_file():
             found = "it is a directory" if path.is_dir() else "no such file"
             raise FileNotFoundError(f"MtpDraft: {path}: {found}; expected an MTP GGUF file")
@@ -91,7 +90,7 @@ class MtpDraft(_LlamaDraftModel):  # type: ignore[misc, unused-ignore]
             raise ValueError(f"MtpDraft: p_min is {p_min}, expected a probability, 0 to 1")
         if margin is not None and not margin >= 0:
             raise ValueError(f"MtpDraft: margin is {margin}, expected 0 or more")
-        _check_head(path)
+        check_head(path)
         self.model_path = str(path)
         self.num_pred_tokens = num_pred_tokens
         self.exact = exact
@@ -101,35 +100,45 @@ class MtpDraft(_LlamaDraftModel):  # type: ignore[misc, unused-ignore]
         self.n_threads = n_threads
         self.n_threads_batch = n_threads_batch
         self.report = report
-        self._spec: _CommonSpeculative | None = None
-        self._last_stats = _MtpStats()
+        self._spec: CommonSpeculative | None = None
+        self._last_stats = MtpStats()
 
     @property
-    def stats(self) -> _MtpStats:
+    def stats(self) -> MtpStats:
         """What speculation did since a Llama took this draft; after that Llama is closed, what it did until then."""
         return self._last_stats if self._spec is None else self._spec.stats()
 
-    def _gate(self) -> _Gate:
-        margin = _current().margin
-        return _Gate(p_min=self.p_min, margin=(self.margin or 0.0) if margin is None else margin)
-
-    def _attach(self, spec: _CommonSpeculative) -> None:
-        self._spec = spec
-
-    def _detach(self) -> None:
-        """The Llama is being closed: free the head, keep the last figures."""
-        spec, self._spec = self._spec, None
-        if spec is None:
-            return
-        self._last_stats = spec.stats()
-        spec.close()
-        if self.report or _current().report:
-            print(f"ds4_mtp_plugin: {self._last_stats}", file=_sys.stderr)
-
-    def __call__(self, input_ids: _npt.NDArray[_np.intc], /, **kwargs: _t.Any) -> _npt.NDArray[_np.intc]:
+    def __call__(self, input_ids: npt.NDArray[np.intc], /, **kwargs: Any) -> npt.NDArray[np.intc]:
         """The host's stock protocol, which has no hidden rows to draft from: never any tokens."""
-        return _np.array([], dtype=_np.intc)
+        return np.array([], dtype=np.intc)
 
-    def __getstate__(self) -> dict[str, _t.Any]:
+    def __getstate__(self) -> dict[str, Any]:
         # Options only: a pickled Llama builds its contexts, and this draft's, anew.
-        return {**self.__dict__, "_spec": None, "_last_stats": _MtpStats()}
+        return {**self.__dict__, "_spec": None, "_last_stats": MtpStats()}
+
+
+def in_use(draft: MtpDraft) -> bool:
+    """Whether a Llama has the draft now."""
+    return draft._spec is not None
+
+
+def gate(draft: MtpDraft) -> Gate:
+    """What ends a draft early: the draft's options, less what the environment overrides."""
+    margin = current().margin
+    return Gate(p_min=draft.p_min, margin=(draft.margin or 0.0) if margin is None else margin)
+
+
+def attach(draft: MtpDraft, spec: CommonSpeculative) -> None:
+    """A Llama takes the draft, whose statistics are those of `spec` from now on."""
+    draft._spec = spec
+
+
+def detach(draft: MtpDraft, spec: CommonSpeculative) -> None:
+    """That Llama is being closed: free the head, keep the last figures. Safe to call again."""
+    if draft._spec is not spec:
+        return
+    draft._spec = None
+    draft._last_stats = spec.stats()
+    spec.close()
+    if draft.report or current().report:
+        print(f"ds4_mtp_plugin: {draft._last_stats}", file=sys.stderr)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses as _dataclasses
+from dataclasses import dataclass
 
 
-@_dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class MtpStats:
     """A snapshot of speculation's counters since the draft was attached.
 
@@ -20,8 +20,8 @@ class MtpStats:
         draft_decodes: decodes of the MTP head.
         draft_ms: time spent in drafting, milliseconds.
         verify_ms: time spent in verify decodes, milliseconds.
-        depth: the greatest number of drafts a cycle (num_pred_tokens after clamping).
-        exact: the text is promised to be plain decoding's, byte for byte.
+        depth: the greatest number of drafts per cycle (num_pred_tokens after clamping).
+        exact: the text is promised to be plain decoding's, byte for byte; it is where nothing is drafted.
     """
 
     iters: int = 0
@@ -35,7 +35,7 @@ class MtpStats:
     draft_ms: float = 0.0
     verify_ms: float = 0.0
     depth: int = 0
-    exact: bool = False
+    exact: bool = True
 
     @property
     def rate(self) -> float:
@@ -66,7 +66,7 @@ class Counters:
 
     def __init__(self, depth: int = 0) -> None:
         self.depth = depth
-        self.exact = False
+        self.exact = True
         self.iters = 0
         self.plain = 0
         self.failures = 0

@@ -34,7 +34,7 @@ def main(argv: _t.Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"%(prog)s {_package.__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     argv = _sys.argv[1:] if argv is None else list(argv)
-    broken = _package._import_error
+    broken = _package.import_error
     if broken is not None and not {name.replace("_", "-") for name in _MENDING}.intersection(argv[:1]):
         print(f"ds4-mtp: {broken}\n('ds4-mtp doctor' shows what is installed)", file=_sys.stderr)
         return EXIT_FAILED

@@ -63,12 +63,12 @@ def _software() -> _t.Iterator[str]:
         except _metadata.PackageNotFoundError:
             version = "not installed"
         _say(name, f"{version} in {host}" if name == "llama-cpp-python" and host else version)
-    if _package._import_error is not None:
-        yield str(_package._import_error)
+    if _package.import_error is not None:
+        yield str(_package.import_error)
     try:
         _engine(host)
     except ImportError as err:
-        if str(err) != str(_package._import_error):
+        if str(err) != str(_package.import_error):
             yield str(err)
 
 
@@ -76,7 +76,7 @@ def _engine(host: _pathlib.Path | None) -> None:
     """Print what there is to say of the engine; ImportError where it is not this package's."""
     from ..engine import LIBRARY_DIR, Library
 
-    if _package._import_error is None:
+    if _package.import_error is None:
         from ..host import library_path
 
         path = _pathlib.Path(library_path())

@@ -29,18 +29,18 @@ def add_arguments(parser: _argparse.ArgumentParser) -> None:
 
 
 def do(args: _argparse.Namespace) -> int:
-    from .._ready import _HOST_VERSION, _INSTALL_HOST
+    from ..host import HOST_VERSION, INSTALL_HOST
 
     host = _host_folder()
     if host is None:
-        raise RuntimeError(f"llama-cpp-python is not installed: {_INSTALL_HOST}")
+        raise RuntimeError(f"llama-cpp-python is not installed: {INSTALL_HOST}")
     if args.undo:
         print(undo(host))
         return 0
     version = _metadata.version("llama-cpp-python")
-    if version != _HOST_VERSION:
+    if version != HOST_VERSION:
         raise RuntimeError(
-            f"llama-cpp-python {version} is installed; the engine is one of {_HOST_VERSION}: {_INSTALL_HOST}"
+            f"llama-cpp-python {version} is installed; the engine is one of {HOST_VERSION}: {INSTALL_HOST}"
         )
     print(install(host, _engine_folder()))
     return 0

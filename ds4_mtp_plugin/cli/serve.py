@@ -30,7 +30,7 @@ def do(args: _argparse.Namespace) -> int:
         )
     if args.num_pred_tokens is not None and not args.mtp:
         raise ValueError("-k is of the head that --mtp names; in a --config_file it is draft_model_num_pred_tokens")
-    from .. import server as _server  # noqa: F401  from here on the server's settings name heads
+    from ..host import server as _server  # noqa: F401  from here on the server's settings name heads
 
     main: _t.Any = _importlib.import_module("llama_cpp.server.__main__")
     given = {"model": args.model, "draft_model": args.mtp, "draft_model_num_pred_tokens": args.num_pred_tokens}

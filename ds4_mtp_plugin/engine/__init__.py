@@ -1,6 +1,19 @@
 """The engine room: the patched llama.cpp through cffi. Knows nothing of the host runtime or of speculation."""
 
-from .context import HIDDEN_ALL, HIDDEN_OFF, HIDDEN_OUTPUTS, Batch, Best, Context, DecodeError, Floats, Model
+from .context import (
+    HIDDEN_ALL,
+    HIDDEN_OFF,
+    HIDDEN_OUTPUTS,
+    Batch,
+    Best,
+    Context,
+    DecodeAborted,
+    DecodeError,
+    EngineError,
+    Floats,
+    Model,
+    NoSuchRow,
+)
 from .library import ABI, LIBRARY_DIR, Library, ffi
 
 __all__ = [
@@ -12,9 +25,12 @@ __all__ = [
     "Batch",
     "Best",
     "Context",
+    "DecodeAborted",
     "DecodeError",
+    "EngineError",
     "Floats",
     "Library",
     "Model",
+    "NoSuchRow",
     "ffi",
 ]

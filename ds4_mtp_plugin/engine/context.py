@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses as _dataclasses
-import os as _os
-import typing as _t
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import numpy as _np
-import numpy.typing as _npt
+import numpy as np
+import numpy.typing as npt
 
-from .library import Library as _Library
-from .library import ffi as _ffi
+from .library import Library, ffi
 
 # enum ds4_mtp_hidden
 HIDDEN_OFF, HIDDEN_OUTPUTS, HIDDEN_ALL = 0, 1, 2
 
 _CONTEXT_TYPE_MTP = 1
 
-Floats = _npt.NDArray[_np.float32]
+Floats = npt.NDArray[np.float32]
 
 
-class DecodeError(RuntimeError):
+# llama.h, llama_decode: the abort callback asked for it.
+_ABORTED = 2
+
+
+class EngineError(RuntimeError):
+    """What the engine, or a drafter on it, failed at. Speculation ends at one; the text goes on without it."""
+
+
+class DecodeError(EngineError):
     """A decode that the engine did not carry out; `code` is the value that it returned (llama.h, llama_decode)."""
 
     def __init__(self, what: str, code: int) -> None:
@@ -28,7 +36,21 @@ class DecodeError(RuntimeError):
         self.code = code
 
 
-@_dataclasses.dataclass(frozen=True)
+class NoSuchRow(EngineError, IndexError):
+    """The last decode kept no such row."""
+
+
+class DecodeAborted(RuntimeError):
+    """The app's abort callback ended a decode (llama.h, llama_set_abort_callback).
+
+    It is no failure and so no EngineError; it reads as the host's own error for an aborted decode.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(f"llama_decode returned {_ABORTED}")
+
+
+@dataclass(frozen=True)
 class Best:
     """The best token of a row of logits: its id, softmax probability, and lead over the second best logit."""
 
@@ -41,7 +63,7 @@ class Model:
     """A model file loaded by us (the host's models stay the host's)."""
 
     def __init__(
-        self, library: _Library, path: str, *, like: bytes | None = None, load_mtp: bool = False, **params: _t.Any
+        self, library: Library, path: str, *, like: bytes | None = None, load_mtp: bool = False, **params: Any
     ) -> None:
         """Load `path`.
 
@@ -52,12 +74,12 @@ class Model:
             params: further fields of ``llama_model_params`` by name.
 
         Raises:
-            ValueError: the engine could not load the file.
+            EngineError: the engine could not load the file.
         """
         p = library.lib.llama_model_default_params()
         if like is not None:
-            given = _ffi.new("struct llama_model_params *")
-            _ffi.memmove(given, like, _ffi.sizeof("struct llama_model_params"))
+            given = ffi.new("struct llama_model_params *")
+            ffi.memmove(given, like, ffi.sizeof("struct llama_model_params"))
             for name in ("devices", "n_gpu_layers", "split_mode", "main_gpu", "tensor_split", "load_mode"):
                 setattr(p, name, getattr(given, name))
         p.load_mtp = load_mtp
@@ -65,9 +87,9 @@ class Model:
             setattr(p, name, value)
         self._library = library
         self.path = path
-        self._ptr: _t.Any = library.lib.llama_model_load_from_file(_os.fsencode(path), p)
-        if self._ptr == _ffi.NULL:
-            raise ValueError(f"the engine could not load the model {path} (its log on stderr says why)")
+        self._ptr: Any = library.lib.llama_model_load_from_file(os.fsencode(path), p)
+        if self._ptr == ffi.NULL:
+            raise EngineError(f"the engine could not load the model {path} (its log on stderr says why)")
 
     def close(self) -> None:
         """Free the model; its contexts must be closed before. Safe to call again."""
@@ -75,7 +97,7 @@ class Model:
             self._library.lib.llama_model_free(self._ptr)
             self._ptr = None
 
-    def new_context(self, *, like: bytes | None = None, mtp: bool = False, **params: _t.Any) -> Context:
+    def new_context(self, *, like: bytes | None = None, mtp: bool = False, **params: Any) -> Context:
         """A new context of this model.
 
         Args:
@@ -84,21 +106,21 @@ class Model:
             params: fields of ``llama_context_params`` by name.
 
         Raises:
-            ValueError: the engine could not create it.
+            EngineError: the engine could not create it.
         """
         lib = self._library.lib
         p = lib.llama_context_default_params()
         if like is not None:
-            cell = _ffi.new("struct llama_context_params *")
-            _ffi.memmove(cell, like, _ffi.sizeof("struct llama_context_params"))
+            cell = ffi.new("struct llama_context_params *")
+            ffi.memmove(cell, like, ffi.sizeof("struct llama_context_params"))
             p = cell[0]
         if mtp:
             p.ctx_type = _CONTEXT_TYPE_MTP
         for name, value in params.items():
             setattr(p, name, value)
         ptr = lib.llama_init_from_model(self._ptr, p)
-        if ptr == _ffi.NULL:
-            raise ValueError(f"the engine could not create a context for {self.path} (its log on stderr says why)")
+        if ptr == ffi.NULL:
+            raise EngineError(f"the engine could not create a context for {self.path} (its log on stderr says why)")
         return Context(self._library, ptr, owned=True)
 
 
@@ -110,9 +132,9 @@ class Context:
         window: width of the sliding attention window of the model's NextN blocks, 0 where it has none.
     """
 
-    def __init__(self, library: _Library, ptr: _t.Any, *, owned: bool) -> None:
+    def __init__(self, library: Library, ptr: Any, *, owned: bool) -> None:
         self._lib = library.lib
-        self._ptr = _ffi.cast("struct llama_context *", ptr)
+        self._ptr = ffi.cast("struct llama_context *", ptr)
         self._owned = owned
         self._memory = self._lib.llama_get_memory(self._ptr)
         model = self._lib.llama_get_model(self._ptr)
@@ -128,7 +150,7 @@ class Context:
         self.n_embd_out = int(self._lib.llama_model_n_embd_out(model))
         self.n_layer_nextn = int(self._lib.llama_model_n_layer_nextn(model))
         self.window = int(self._lib.ds4_mtp_window(model))
-        self._best = _ffi.new("struct ds4_mtp_best *")
+        self._best = ffi.new("struct ds4_mtp_best *")
 
     def close(self) -> None:
         """Free the context if it is ours. Safe to call again."""
@@ -147,8 +169,11 @@ class Context:
 
         Raises:
             DecodeError: the engine refused or failed; the memory of the batch's sequence is then to be checked.
+            DecodeAborted: the context's abort callback ended it; the same holds for the memory.
         """
         code = int(self._lib.ds4_mtp_decode(self._ptr, batch.struct[0]))
+        if code == _ABORTED:
+            raise DecodeAborted
         if code != 0:
             raise DecodeError(f"decoding {batch.struct.n_tokens} tokens", code)
 
@@ -162,10 +187,21 @@ class Context:
         Negative `i` counts from the last output row.
 
         Raises:
-            IndexError: the last decode kept no such row.
+            NoSuchRow: the last decode kept no such row.
         """
-        if not self._lib.ds4_mtp_get_hidden(self._ptr, i, _ffi.from_buffer("float[]", out)):
-            raise IndexError(f"the last decode kept no hidden row {i}")
+        if not self._lib.ds4_mtp_get_hidden(self._ptr, i, ffi.from_buffer("float[]", out)):
+            raise NoSuchRow(f"the last decode kept no hidden row {i}")
+
+    def hidden_rows(self, first: int, n: int) -> Floats:
+        """Hidden rows of batch rows first, first + 1, ... of the last decode: a copy, shape (n, n_embd_out).
+
+        Raises:
+            NoSuchRow: the last decode kept fewer rows.
+        """
+        rows = np.empty((n, self.n_embd_out), dtype=np.float32)
+        for i in range(n):
+            self.hidden(first + i, rows[i])
+        return rows
 
     def best(self, i: int = -1, *, with_prob: bool = False) -> Best:
         """The best token of batch row `i` of the last decode, computed natively over the whole vocabulary.
@@ -173,22 +209,22 @@ class Context:
         Its probability is 1 unless asked for: that takes an exponential of every logit.
 
         Raises:
-            IndexError: the last decode has no logits for the row.
+            NoSuchRow: the last decode has no logits for the row.
         """
         if not self._lib.ds4_mtp_get_best(self._ptr, i, with_prob, self._best):
-            raise IndexError(f"the last decode has no finite logits for row {i}")
+            raise NoSuchRow(f"the last decode has no finite logits for row {i}")
         return Best(int(self._best.id), float(self._best.prob), float(self._best.margin))
 
     def logits(self, i: int = -1) -> Floats:
         """Logits of batch row `i` of the last decode, shape (n_vocab,): a view that the next decode overwrites.
 
         Raises:
-            IndexError: the last decode has no logits for the row.
+            NoSuchRow: the last decode has no logits for the row.
         """
         row = self._lib.llama_get_logits_ith(self._ptr, i)
-        if row == _ffi.NULL:
-            raise IndexError(f"the last decode has no logits for row {i}")
-        view: Floats = _np.frombuffer(_ffi.buffer(row, 4 * self.n_vocab), dtype=_np.float32)
+        if row == ffi.NULL:
+            raise NoSuchRow(f"the last decode has no logits for row {i}")
+        view: Floats = np.frombuffer(ffi.buffer(row, 4 * self.n_vocab), dtype=np.float32)
         return view
 
     # -- memory --
@@ -211,21 +247,21 @@ class Batch:
 
     def __init__(self, n_max: int, *, n_embd_out: int = 0) -> None:
         self.n_max = n_max
-        self._token = _np.zeros(n_max, dtype=_np.int32)
-        self._pos = _np.zeros(n_max, dtype=_np.int32)
-        self._n_seq_id = _np.ones(n_max, dtype=_np.int32)
-        self._output = _np.zeros(n_max, dtype=_np.int8)
-        self._seq_id = _np.zeros(1, dtype=_np.int32)
-        self._seq_ids = _ffi.new("llama_seq_id *[]", [_ffi.from_buffer("llama_seq_id[]", self._seq_id)] * n_max)
-        self._embd = _np.zeros((n_max, n_embd_out), dtype=_np.float32) if n_embd_out else None
-        self.struct = _ffi.new("llama_batch *")
-        self.struct.token = _ffi.from_buffer("llama_token[]", self._token)
-        self.struct.pos = _ffi.from_buffer("llama_pos[]", self._pos)
-        self.struct.n_seq_id = _ffi.from_buffer("int32_t[]", self._n_seq_id)
+        self._token = np.zeros(n_max, dtype=np.int32)
+        self._pos = np.zeros(n_max, dtype=np.int32)
+        self._n_seq_id = np.ones(n_max, dtype=np.int32)
+        self._output = np.zeros(n_max, dtype=np.int8)
+        self._seq_id = np.zeros(1, dtype=np.int32)
+        self._seq_ids = ffi.new("llama_seq_id *[]", [ffi.from_buffer("llama_seq_id[]", self._seq_id)] * n_max)
+        self._embd = np.zeros((n_max, n_embd_out), dtype=np.float32) if n_embd_out else None
+        self.struct = ffi.new("llama_batch *")
+        self.struct.token = ffi.from_buffer("llama_token[]", self._token)
+        self.struct.pos = ffi.from_buffer("llama_pos[]", self._pos)
+        self.struct.n_seq_id = ffi.from_buffer("int32_t[]", self._n_seq_id)
         self.struct.seq_id = self._seq_ids
-        self.struct.logits = _ffi.from_buffer("int8_t[]", self._output)
+        self.struct.logits = ffi.from_buffer("int8_t[]", self._output)
         if self._embd is not None:
-            self.struct.embd = _ffi.from_buffer("float[]", self._embd)
+            self.struct.embd = ffi.from_buffer("float[]", self._embd)
 
     @property
     def embd(self) -> Floats:
@@ -233,7 +269,9 @@ class Batch:
         assert self._embd is not None
         return self._embd
 
-    def set(self, tokens: _t.Sequence[int], n_past: int, seq_id: int, *, outputs: str = "last") -> Batch:
+    def set(
+        self, tokens: Sequence[int], n_past: int, seq_id: int, *, outputs: Literal["last", "all"] = "last"
+    ) -> Batch:
         """Rows `tokens` at positions n_past, n_past + 1, ... of `seq_id`; outputs of the "last" or of "all" rows.
 
         Raises:
@@ -243,7 +281,7 @@ class Batch:
         if not 0 < n <= self.n_max:
             raise ValueError(f"{n} rows in a batch of {self.n_max}")
         self._token[:n] = tokens
-        self._pos[:n] = _np.arange(n_past, n_past + n)
+        self._pos[:n] = np.arange(n_past, n_past + n)
         self._seq_id[0] = seq_id
         self._output[:n] = outputs == "all"
         self._output[n - 1] = 1

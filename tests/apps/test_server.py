@@ -156,7 +156,7 @@ def test_conversation(tmp_path: Path, plain: list[Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[*DS4_MTP, "serve"], ["-m", "uvicorn", "--factory", "ds4_mtp_plugin.server:create_app"]]
+    "command", [[*DS4_MTP, "serve"], ["-m", "uvicorn", "--factory", "ds4_mtp_plugin.host.server:create_app"]]
 )
 def test_models_of_a_config_file(command: list[str], tmp_path: Path, plain: list[Any]) -> None:
     """A model with a head and one without, asked in turn: each question closes one Llama and loads the other."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ds4_mtp_plugin.mtp import MtpDrafter
+from ds4_mtp_plugin.speculation import MtpDrafter
 
 # The beginning of a text: no model here has ever seen it in one.
 BOS = 0

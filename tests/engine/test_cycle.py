@@ -9,8 +9,7 @@ import pytest
 
 import ds4_mtp_plugin.host as host
 from ds4_mtp_plugin import engine
-from ds4_mtp_plugin.mtp import MtpDrafter
-from ds4_mtp_plugin.speculative import CommonSpeculative, RollbackRefused
+from ds4_mtp_plugin.speculation import CommonSpeculative, MtpDrafter, RollbackRefused
 from tests.fixtures import GPU_LAYERS
 from tests.fixtures.planted import BY_CONTEXT, Planted
 
@@ -73,15 +72,13 @@ class Pair:
         """The text behind `id_last`, cycle by cycle, at least n tokens."""
         while n > 0:
             drafts = self.spec.draft(seq_id, n_past, id_last, self.spec.n_draft)
-            self.spec.verify(seq_id, n_past, id_last, drafts)
+            verify = self.spec.verify(seq_id, n_past, id_last, drafts)
             best = [self.target.best(i).id for i in range(len(drafts) + 1)]
-            accepted = 0
-            while accepted < len(drafts) and best[accepted] == drafts[accepted]:
-                self.spec.counters.accepted(accepted)
-                accepted += 1
-            self.spec.accept(seq_id, accepted)
-            yield from best[: accepted + 1]
-            n_past, id_last, n = n_past + accepted + 1, best[accepted], n - accepted - 1
+            while verify.advance(best[verify.row]):
+                self.spec.counters.accepted(verify.row - 1)
+            self.spec.accept(verify)
+            yield from best[: verify.row + 1]
+            n_past, id_last, n = verify.n_committed, best[verify.row], n - verify.row - 1
 
     def close(self) -> None:
         self.spec.close()
@@ -251,10 +248,10 @@ def test_a_refused_rollback_is_an_error(pair: Callable[..., Pair], monkeypatch: 
     p = pair(2, acceptance=0.0)
     id_last = p.prompt([300, 301])
     drafts = p.spec.draft(0, 2, id_last, 2)
-    p.spec.verify(0, 2, id_last, drafts)
+    verify = p.spec.verify(0, 2, id_last, drafts)
     monkeypatch.setattr(p.target, "seq_rm", lambda *_: False)
     with pytest.raises(RollbackRefused, match="positions 3 and up"):
-        p.spec.accept(0, 0)
+        p.spec.accept(verify)
 
 
 def test_cold_means_no_drafts(pair: Callable[..., Pair]) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 import ds4_mtp_plugin.host as host
 from ds4_mtp_plugin import engine
-from ds4_mtp_plugin.speculative import CommonSpeculative
+from ds4_mtp_plugin.speculation import CommonSpeculative
 from tests import LONG
 from tests.fixtures import GPU_LAYERS
 from tests.fixtures.planted import BY_CONTEXT, Planted
@@ -83,11 +83,12 @@ def history(
         drafter.drafts = [*text[:n_accepted], *(wrong(random) for _ in range(depth - n_accepted))]
         drafts = spec.draft(0, len(tokens), last, depth)
         assert len(drafts) == depth
-        spec.verify(0, len(tokens), last, drafts)
+        verify = spec.verify(0, len(tokens), last, drafts)
         cycles[len(tokens) % 4, depth, n_accepted] += 1
         rows += [target.logits(i).copy() for i in range(n_accepted + 1)]
         tokens += [last, *drafts[:n_accepted]]
-        spec.accept(0, n_accepted)
+        verify.row = n_accepted
+        spec.accept(verify)
         assert target.seq_pos_max(0) == len(tokens) - 1
         last = text[-1]
     target.close()
@@ -129,7 +130,6 @@ def test_a_draft_that_is_no_token_ends_the_drafts(model: engine.Model, token: in
     assert spec.draft(0, 0, 299, DEPTH) == [300]
     drafter.drafts = [token]
     drafts = spec.draft(0, 0, 299, DEPTH)
-    spec.verify(0, 0, 299, drafts)
-    spec.accept(0, 0)
+    spec.accept(spec.verify(0, 0, 299, drafts))
     assert (drafts, target.seq_pos_max(0)) == ([], 0)
     target.close()

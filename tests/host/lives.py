@@ -219,7 +219,7 @@ def interrupts(pair: Pair, n: int) -> dict[str, Any]:
         longer = cases[which] + (expected[which][: rng.randrange(1, 40)] if rng.random() < 0.5 else [])
         have = len(longer) - len(cases[which])
         assert generate(llm, longer, N_TOKENS) == expected[which][have : have + N_TOKENS], (which, have)
-        gave_up += llm._ds4_mtp._active is not True
+        gave_up = llm.draft_model.stats.failures
     accepted = llm.draft_model.stats.accepted
     return {"interrupts": n, "in the middle": in_the_middle, "accepted": accepted, "gave up": gave_up}
 
@@ -288,7 +288,7 @@ def lines(pair: Pair, n: int) -> dict[str, Any]:
             assert generate(llm, other, N_TOKENS) == other_text, where
         else:
             goes_on(where)
-    return {"lines": n_lines, "interrupts": n, "places": len(places), "gave up": int(not llm._ds4_mtp._active)}
+    return {"lines": n_lines, "interrupts": n, "places": len(places), "gave up": llm.draft_model.stats.failures}
 
 
 CASES: dict[str, Callable[[Pair, int], dict[str, Any]]] = {

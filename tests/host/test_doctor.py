@@ -169,10 +169,10 @@ def test_other_verbs_say_it_in_a_line(tmp_path: Path) -> None:
     assert first.startswith("ds4-mtp: llama_cpp could not load its library") and "ds4-mtp doctor" in second
 
 
-def test_only_the_command_may_import_what_does_not_work(tmp_path: Path) -> None:
+def test_what_does_not_work_says_why_where_it_is_used(tmp_path: Path) -> None:
     env = {**os.environ, "LLAMA_CPP_LIB_PATH": str(tmp_path)}
     for argv0 in ("app.py", "", "ds4-mtp-app"):
-        code = f"import sys; sys.argv[0] = {argv0!r}; import ds4_mtp_plugin"
+        code = f"import sys; sys.argv[0] = {argv0!r}; import ds4_mtp_plugin; print(0); ds4_mtp_plugin.MtpDraft"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-        assert done.returncode == 1, argv0
+        assert (done.returncode, done.stdout) == (1, "0\n"), argv0
         assert done.stderr.splitlines()[-1].startswith("ImportError: llama_cpp could not load its library")

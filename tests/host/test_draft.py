@@ -189,10 +189,10 @@ def test_a_failure_inside_is_told_once_and_changes_no_text(
     head = spec.drafter._context
     owner, name, result = {
         "verify": (spec.target, "decode", engine.DecodeError("injected", -3)),
-        "hidden rows": (spec.target, "hidden", IndexError("injected")),  # the prompt's three come first
+        "hidden rows": (spec.target, "hidden", engine.NoSuchRow("injected")),  # the prompt's three come first
         "draft": (head, "decode", engine.DecodeError("injected", -3)),
-        "draft's row": (head, "best", IndexError("injected")),
-        "head's hidden row": (head, "hidden", IndexError("injected")),
+        "draft's row": (head, "best", engine.NoSuchRow("injected")),
+        "head's hidden row": (head, "hidden", engine.NoSuchRow("injected")),
         "rollback": (spec.target, "seq_rm", False),
     }[where]
     monkeypatch.setattr(owner, name, failing(getattr(owner, name), result))

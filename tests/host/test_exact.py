@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from llama_cpp import Llama, LogitsProcessorList
 
-from ds4_mtp_plugin import MtpDraft, engine, host, session, settings
+from ds4_mtp_plugin import MtpDraft, engine, settings
 from ds4_mtp_plugin.draft import MAX_PRED_TOKENS
+from ds4_mtp_plugin.host import opening
+from ds4_mtp_plugin.host.session import SINGLE_ROWS
 from tests.fixtures import GPU_LAYERS
 from tests.fixtures.planted import BY_CONTEXT, Planted
 
@@ -30,7 +32,6 @@ def test_on_the_cpu_it_is_promised(llama: Make, plant: Plant, exact: bool | None
     files = plant(acceptance=1.0)
     llm = llama(files.trunk, n_gpu_layers=0, draft_model=MtpDraft(files.mtp, exact=exact))
     assert llm.draft_model.stats.exact
-    assert not MtpDraft(files.mtp).stats.exact  # of nothing yet
 
 
 @pytest.mark.parametrize("by", ["option", "switch"])
@@ -39,7 +40,7 @@ def test_on_a_gpu_it_is_refused(llama: Make, plant: Plant, monkeypatch: pytest.M
     files = plant(acceptance=1.0)
     monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
     if by == "switch":
-        monkeypatch.setattr(host, "_current", lambda: settings.Settings(strict=True))
+        monkeypatch.setattr(opening, "settings", lambda: settings.Settings(strict=True))
     draft = MtpDraft(files.mtp, exact=True if by == "option" else None)
     with pytest.raises(ValueError, match=r"exact=True .* cannot be promised here: .*n_gpu_layers=-1"):
         llama(files.trunk, n_gpu_layers=-1, draft_model=draft)
@@ -74,7 +75,7 @@ def test_a_cpu_that_nobody_looked_at_is_refused(llama: Make, plant: Plant, monke
 def test_the_widest_verify_is_as_wide_as_the_engine_computes_alone() -> None:
     header = Path(__file__).parents[2] / "patches" / "ggml" / "src" / "ggml-cpu" / "ds4-mtp-rows.h"
     found = re.search(r"#define DS4_MTP_SINGLE_ROWS (\d+)", header.read_text())
-    assert found and int(found[1]) == MAX_PRED_TOKENS + 1 == session._SINGLE_ROWS
+    assert found and int(found[1]) == MAX_PRED_TOKENS + 1 == SINGLE_ROWS
 
 
 def rows(llm: Llama, n: int, fail: Callable[[int], None] = lambda i: None) -> tuple[list[int], Any]:
@@ -158,7 +159,7 @@ def test_a_loaded_state_is_evaluated_again_as_it_was(llama: Make, plant: Plant, 
         llm.eval(text[80:])
         llm.load_state(state)
         if lose:
-            llm._ds4_mtp._uncertain = True
+            llm._ds4_mtp._ledger.sure = False
             llm._ds4_mtp.settle()
         assert llm._input_ids.tolist() == text[: state.n_tokens]
         llm.eval([300])

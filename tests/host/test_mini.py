@@ -19,7 +19,7 @@ from llama_cpp import Llama
 
 from ds4_mtp_plugin import MtpDraft, cli, engine
 from ds4_mtp_plugin.cli.demo import BASE, HEAD
-from ds4_mtp_plugin.mtp import MtpDrafter
+from ds4_mtp_plugin.speculation import MtpDrafter
 from tests.reference import ship
 from tests.text import generate
 

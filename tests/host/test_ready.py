@@ -60,7 +60,7 @@ def test_a_host_on_our_library_may_come_first() -> None:
 
 
 def test_a_host_on_another_engine_is_refused_with_the_cure(unpatched: Path) -> None:
-    done = python("import llama_cpp, ds4_mtp_plugin", LLAMA_CPP_LIB_PATH=str(unpatched))
+    done = python("import llama_cpp; from ds4_mtp_plugin import MtpDraft", LLAMA_CPP_LIB_PATH=str(unpatched))
     assert done.returncode == 1
     message = done.stderr.strip().splitlines()[-1]
     assert message.startswith("ImportError:")
@@ -68,7 +68,7 @@ def test_a_host_on_another_engine_is_refused_with_the_cure(unpatched: Path) -> N
 
 
 def test_a_library_path_without_a_library_is_named(tmp_path: Path) -> None:
-    done = python("import ds4_mtp_plugin", LLAMA_CPP_LIB_PATH=str(tmp_path))
+    done = python("from ds4_mtp_plugin import MtpDraft", LLAMA_CPP_LIB_PATH=str(tmp_path))
     assert done.returncode == 1
     message = done.stderr.strip().splitlines()[-1]
     assert message.startswith("ImportError:") and str(tmp_path) in message and "Unset LLAMA_CPP_LIB_PATH" in message
@@ -78,7 +78,7 @@ def test_another_host_version_is_refused() -> None:
     done = python(
         "import importlib.metadata as m; real = m.version\n"
         "m.version = lambda name: '0.3.16' if name == 'llama-cpp-python' else real(name)\n"
-        "import ds4_mtp_plugin"
+        "from ds4_mtp_plugin import MtpDraft"
     )
     assert done.returncode == 1
     message = done.stderr.strip().splitlines()[-1]
@@ -86,7 +86,7 @@ def test_another_host_version_is_refused() -> None:
 
 
 def test_no_host_is_an_importerror_with_the_command() -> None:
-    done = python("import sys; sys.modules['llama_cpp'] = None\nimport ds4_mtp_plugin._ready")
+    done = python("import sys; sys.modules['llama_cpp'] = None\nfrom ds4_mtp_plugin import MtpDraft")
     assert done.returncode == 1
     done = python(
         "import sys, importlib.abc\n"
@@ -94,7 +94,7 @@ def test_no_host_is_an_importerror_with_the_command() -> None:
         "    def find_spec(self, name, *_):\n"
         "        if name == 'llama_cpp': raise ModuleNotFoundError('No module named llama_cpp', name=name)\n"
         "sys.meta_path.insert(0, No())\n"
-        "import ds4_mtp_plugin"
+        "from ds4_mtp_plugin import MtpDraft"
     )
     message = done.stderr.strip().splitlines()[-1]
     assert message.startswith("ImportError:") and "-C wheel.cmake=false" in message
@@ -104,7 +104,7 @@ def test_importing_twice_wraps_once() -> None:
     done = python(
         "import ds4_mtp_plugin, llama_cpp\n"
         "before = llama_cpp.Llama.eval\n"
-        "from ds4_mtp_plugin import _ready; _ready.ready()\n"
+        "from ds4_mtp_plugin import host; host.ready()\n"
         "assert llama_cpp.Llama.eval is before\n"
     )
     assert done.returncode == 0, done.stderr

@@ -321,7 +321,7 @@ def test_a_state_saved_between_tokens_is_the_verified_one(llama: Make, plant: Pl
     llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))
     generation = llm.generate(prompt, temp=0.0)
     session, tokens = llm._ds4_mtp, [next(generation) for _ in range(6)]
-    while not session._drafts or session.row[0] == len(session._drafts):
+    while session._verify is None or session._verify.expected is None:
         tokens.append(next(generation))  # into the middle of a verify's rows
     state = llm.save_state()
     n_tokens = 50 + len(tokens) - 1
@@ -428,13 +428,13 @@ def test_hidden_rows_of_another_text_are_forgotten(llama: Make, plant: Plant, by
     state = llm.save_state()
     generation = llm.generate([300, 301, 302, 303], temp=0.0)
     session, tokens = llm._ds4_mtp, [next(generation) for _ in range(3)]
-    while not session._drafts or session.row[0] == len(session._drafts):
+    while session._verify is None or session._verify.expected is None:
         tokens.append(next(generation))
     if by == "reset":
         llm.reset()
     else:
         llm.load_state(state)
-    assert session._drafts is None
+    assert session._verify is None or not session._verify.open
     spec = session._spec
     assert spec.target.seq_pos_max(0) == llm.n_tokens - 1
     assert spec.draft(0, llm.n_tokens, 300, 2) == spec.draft(0, 4, 300, 2) == []

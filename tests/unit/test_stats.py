@@ -21,6 +21,6 @@ def test_counts_per_position_add_up() -> None:
 
 
 def test_the_report_begins_as_ds4s() -> None:
-    stats = MtpStats(iters=44, proposed=88, accepted=55)
+    stats = MtpStats(iters=44, proposed=88, accepted=55, exact=False)
     assert str(stats) == "mtp accept: iters=44 proposed=88 accepted=55 rate=62.5% per_iter=1.25 exact=no"
     assert str(MtpStats(failures=2, exact=True)).endswith("per_iter=0.00 exact=yes failures=2")

@@ -1,29 +1,30 @@
 """``llama_cpp.server`` with MTP heads: the setting ``draft_model`` of a model may name the GGUF of its head.
 
 The host's server knows one draft, prompt lookup, and takes any ``draft_model`` for it. Once this module is imported, a
-name that ends in ``.gguf`` gives the model an MtpDraft of that file, with ``draft_model_num_pred_tokens`` drafts a
-cycle if that is set too (the host's default of 10 is prompt lookup's). Everything else is as it was.
+name that ends in ``.gguf`` gives the model an MtpDraft of that file, with ``draft_model_num_pred_tokens`` drafts
+per cycle if that is set too (the host's default of 10 is prompt lookup's). Everything else is as it was.
 
 Example:
-    ``CONFIG_FILE=config.json uvicorn --factory ds4_mtp_plugin.server:create_app``
+    ``CONFIG_FILE=config.json uvicorn --factory ds4_mtp_plugin.host.server:create_app``
 """
 
 from __future__ import annotations
 
-import functools as _functools
-import importlib as _importlib
-import types as _types
-import typing as _t
+import functools
+import importlib
+import types
+from typing import Any
 
-from .draft import MtpDraft as _MtpDraft
+from ..draft import MtpDraft
+from .contract import HOST_VERSION
 
 try:
-    _model: _t.Any = _importlib.import_module("llama_cpp.server.model")
+    _model: Any = importlib.import_module("llama_cpp.server.model")
     from llama_cpp.server.app import create_app
 except ModuleNotFoundError as _err:
     raise ImportError(
         f"llama_cpp.server needs packages that are not installed ({_err}): "
-        "pip install 'llama-cpp-python[server]==0.3.36'"
+        f"pip install 'llama-cpp-python[server]=={HOST_VERSION}'"
     ) from _err
 
 __all__ = ["create_app"]
@@ -34,16 +35,16 @@ def _adopt() -> None:
     if hasattr(original, "__wrapped__"):
         return
 
-    @_functools.wraps(original)
-    def load_llama_from_model_settings(settings: _t.Any) -> _t.Any:
+    @functools.wraps(original)
+    def load_llama_from_model_settings(settings: Any) -> Any:
         if not (settings.draft_model or "").endswith(".gguf"):
             return original(settings)
         depth = "draft_model_num_pred_tokens"
         options = {"num_pred_tokens": getattr(settings, depth)} if depth in settings.model_fields_set else {}
-        draft = _MtpDraft(settings.draft_model, **options)
+        draft = MtpDraft(settings.draft_model, **options)
         host_drafts = _model.llama_speculative
         # Where the host reaches for its prompt lookup it finds the draft.
-        _model.llama_speculative = _types.SimpleNamespace(LlamaPromptLookupDecoding=lambda num_pred_tokens: draft)
+        _model.llama_speculative = types.SimpleNamespace(LlamaPromptLookupDecoding=lambda num_pred_tokens: draft)
         try:
             return original(settings)
         finally:

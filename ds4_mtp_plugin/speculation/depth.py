@@ -6,12 +6,12 @@ text.
 
 from __future__ import annotations
 
-import dataclasses as _dataclasses
+from dataclasses import dataclass
 
-from . import engine as _engine
+from ..engine import Best
 
 
-@_dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Gate:
     """Ends a draft at the first token that the head is not sure enough of.
 
@@ -23,5 +23,5 @@ class Gate:
     p_min: float = 0.0
     margin: float = 0.0
 
-    def passes(self, best: _engine.Best) -> bool:
+    def passes(self, best: Best) -> bool:
         return best.prob >= self.p_min and best.margin >= self.margin

@@ -12,20 +12,20 @@ is the first draft. So K drafts cost K decodes, and text that is not drafted for
 
 from __future__ import annotations
 
-import typing as _t
+from collections.abc import Callable, Sequence
 
-import numpy as _np
+import numpy as np
 
-from . import engine as _engine
-from .depth import Gate as _Gate
+from ...engine import HIDDEN_OUTPUTS, Batch, Context, EngineError, Floats
+from ..depth import Gate
 
 
 class _Sequence:
     """Committed rows of one sequence, the newest `window` of them, by position modulo `window`."""
 
     def __init__(self, window: int, n_embd_out: int) -> None:
-        self.tokens = _np.zeros(window, dtype=_np.int32)
-        self.hidden = _np.zeros((window, n_embd_out), dtype=_np.float32)
+        self.tokens = np.zeros(window, dtype=np.int32)
+        self.hidden = np.zeros((window, n_embd_out), dtype=np.float32)
         self.lo = 0  # the ring holds positions lo <= p < hi
         self.hi = 0
         self.kv_lo = 0  # the head's memory holds pairs of positions kv_lo <= p < kv_hi
@@ -33,14 +33,14 @@ class _Sequence:
 
 
 class MtpDrafter:
-    """Drafts with the NextN block of a model of our own (see speculative.Drafter)."""
+    """Drafts with the NextN block of a model of our own (the interface is `Drafter`'s)."""
 
     def __init__(
         self,
-        context: _engine.Context,
+        context: Context,
         *,
-        gate: _Gate | None = None,
-        on_close: _t.Callable[[], None] | None = None,
+        gate: Gate | None = None,
+        on_close: Callable[[], None] | None = None,
     ) -> None:
         """
         Args:
@@ -58,15 +58,15 @@ class MtpDrafter:
             )
         self._context = context
         self._capacity = per_seq
-        self._gate = gate or _Gate()
+        self._gate = gate or Gate()
         self._on_close = on_close
-        self._batch = _engine.Batch(self.window, n_embd_out=context.n_embd_out)
+        self._batch = Batch(self.window, n_embd_out=context.n_embd_out)
         self._sequences: dict[int, _Sequence] = {}
         self._closed = False
         self.n_decodes = 0
-        context.set_hidden(_engine.HIDDEN_OUTPUTS)
+        context.set_hidden(HIDDEN_OUTPUTS)
 
-    def process(self, seq_id: int, n_past: int, tokens: _t.Sequence[int], hidden: _engine.Floats) -> None:
+    def process(self, seq_id: int, n_past: int, tokens: Sequence[int], hidden: Floats) -> None:
         if self._closed:
             return
         s = self._sequences.get(seq_id)
@@ -74,17 +74,18 @@ class MtpDrafter:
             s = self._sequences[seq_id] = _Sequence(self.window, self._context.n_embd_out)
         n = min(len(hidden), self.window)
         first, end = n_past + len(tokens) - n, n_past + len(tokens)
+        # In this order an exception from outside, at any line, leaves rows that belong together.
         if s.hi != first:
-            s.lo = first
-        at = _np.arange(first, end) % self.window
+            s.lo = s.hi = first
+        s.lo = max(s.lo, end - self.window)
+        at = np.arange(first, end) % self.window
         s.tokens[at] = tokens[len(tokens) - n :]
         s.hidden[at] = hidden[len(hidden) - n :]
         s.hi = end
-        s.lo = max(s.lo, end - self.window)
 
     def draft(self, seq_id: int, n_past: int, id_last: int, n_max: int) -> list[int]:
         if self._closed:
-            raise RuntimeError("the drafter is closed")  # the engine would not survive being asked
+            raise EngineError("the drafter is closed")  # asking the engine would crash
         s = self._sequences.get(seq_id)
         if s is None or s.hi != n_past or s.lo >= s.hi:
             return []  # cold: the hidden row of n_past - 1 is not known
@@ -98,8 +99,8 @@ class MtpDrafter:
         try:
             self._make_room(seq_id, s, start, n_past + n_max)
             n = n_past - start + 1
-            self._batch.embd[:n] = s.hidden[_np.arange(start - 1, n_past) % self.window]
-            tokens = [*s.tokens[_np.arange(start, n_past) % self.window].tolist(), id_last]
+            self._batch.embd[:n] = s.hidden[np.arange(start - 1, n_past) % self.window]
+            tokens = [*s.tokens[np.arange(start, n_past) % self.window].tolist(), id_last]
             while True:
                 self._context.decode(self._batch.set(tokens, start, seq_id))
                 self.n_decodes += 1
@@ -143,7 +144,7 @@ class MtpDrafter:
         if end - s.kv_lo > self._capacity:
             s.kv_lo = start - self.window + 1
             if not self._context.seq_rm(seq_id, -1, s.kv_lo):
-                raise RuntimeError(f"the engine refused to remove positions below {s.kv_lo} from the head's memory")
+                raise EngineError(f"the engine refused to remove positions below {s.kv_lo} from the head's memory")
 
     def _clear(self, seq_id: int, s: _Sequence) -> None:
         self._context.seq_rm(seq_id, -1)

@@ -1,0 +1,341 @@
+"""Speculation in one Llama: the host's ``eval`` as a cycle.
+
+The host's own generation loop stays, which evaluates one token, samples one, and so on. Asked for one token, ``eval``
+evaluates the drafts that may follow in the same decode, and when the loop later asks for a token that is already
+evaluated, there is nothing left to do but to point at the next row. So samplers, grammars, logits processors, stopping
+criteria, streaming and stop strings see what they see in a plain run, in the same order, and the Llama never shows a
+token that nobody has asked for.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from ..draft import MAX_PRED_TOKENS, MtpDraft, attach, detach
+from ..engine import HIDDEN_ALL, HIDDEN_OFF, HIDDEN_OUTPUTS, EngineError
+from ..settings import current
+from ..speculation import CommonSpeculative, Verify
+from .contract import Llama, State
+from .generation import Generation
+from .ledger import Ledger
+
+__all__ = ["SINGLE_ROWS", "Session"]
+
+# On the CPU up to as many rows are computed as if each were alone (patches/ggml/src/ggml-cpu/ds4-mtp-rows.h).
+SINGLE_ROWS = MAX_PRED_TOKENS + 1
+
+# The host drives one sequence.
+_SEQ = 0
+
+# What speculation may fail at and go on plainly. Anything else that passes through here is the app's: the exception of
+# a signal handler, of another thread, of an aborted decode.
+_FAILURES = (EngineError, MemoryError)
+
+_T = TypeVar("_T")
+
+
+class Session:
+    """Speculation in one Llama.
+
+    At any time the engine's memory holds the Llama's tokens and, behind them, the rows of an open verify: then
+    ``llama.n_tokens == verify.n_committed``. An exception from outside may break that at any line; the ledger is then
+    not sure, and the next call evaluates the Llama's tokens again.
+    """
+
+    def __init__(self, llama: Llama, draft: MtpDraft, spec: CommonSpeculative) -> None:
+        # The Llama holds its session: a strong reference back would keep a dropped Llama's memory until a collection.
+        self._llama = weakref.ref(llama)
+        self._draft = draft
+        self._spec = spec
+        self._ledger = Ledger(SINGLE_ROWS)
+        # The verify of the target's last decode; None where that was no verify.
+        self._verify: Verify | None = None
+        # Tokens that the app wants of the generation that its completion is about to begin.
+        self._wanted: int | None = None
+        # The generation whose loop is running, as opposed to the app, which may evaluate between two tokens.
+        self._running: Generation | None = None
+        # The one that ran last, until it ends. Another one that is dropped meanwhile, perhaps by another thread, has no
+        # say.
+        self._last: Generation | None = None
+        self._warned = False
+        self._closed = False
+        attach(draft, spec)
+
+    # -- the Llama's methods, each over the host's own --
+
+    def completion(self, host_completion: Iterator[_T], wanted: int | None) -> Iterator[_T]:
+        """Only a completion says how many tokens are wanted: no draft goes beyond them."""
+        self._wanted = wanted
+        try:
+            first = next(host_completion, None)  # in which the generation begins
+        finally:
+            self._wanted = None
+        if first is not None:
+            yield first
+            yield from host_completion
+
+    def generate(
+        self, llama: Llama, host_tokens: Generator[int, Sequence[int] | None, None]
+    ) -> Generator[int, Sequence[int] | None, None]:
+        self.settle()
+        generation = Generation(self._wanted, drafting=self.drafts_with(llama.draft_model))
+        self._wanted = None
+        sent: Sequence[int] | None = None
+        try:
+            while True:
+                self._last = self._running = generation
+                try:
+                    token = host_tokens.send(sent)
+                except StopIteration:
+                    return
+                finally:
+                    self._running = None
+                generation.chosen()
+                self._count(llama, token)
+                sent = yield token
+        finally:
+            host_tokens.close()
+            if self._last is generation:
+                self._last = None
+                self.settle()
+
+    def eval(self, llama: Llama, host_eval: Callable[[Sequence[int]], None], tokens: Sequence[int]) -> None:
+        self.check_open()
+        generation = self._running
+        token = tokens[0] if generation is not None and len(tokens) == 1 else None
+        # What is no token of the vocabulary is the host's to refuse.
+        if (
+            generation is not None
+            and isinstance(token, (int, np.integer))
+            and 0 <= int(token) < self._spec.target.n_vocab
+        ):
+            if self._advance(llama, int(token)):
+                return
+            self.settle()
+            if generation.drafting and self._speculate(llama, int(token), generation):
+                return
+            self._spec.counters.plain += 1
+        else:
+            self.settle()
+        # Without tokens the prompt is there to its last one, whose row of logits stays the one it is.
+        for i in range(0, len(tokens), llama.n_batch):
+            chunk = tokens[i : i + llama.n_batch]
+            keep = len(chunk) - max(0, len(tokens) - self._spec.drafter.window - i)
+            self._eval_chunk(llama, host_eval, chunk, max(0, keep))
+
+    def reset(self, host_reset: Callable[[], None]) -> None:
+        try:
+            host_reset()
+        except BaseException:
+            self._ledger.sure = False
+            raise
+        self._forget()
+
+    def save_state(self, host_save_state: Callable[[], State]) -> State:
+        self.settle()
+        state = host_save_state()
+        state.ds4_mtp_batches = self._ledger.save()
+        return state
+
+    def load_state(self, llama: Llama, host_load_state: Callable[[State], None], state: State) -> None:
+        self.settle()
+        before = llama.input_ids
+        try:
+            host_load_state(state)
+        except BaseException:
+            self._ledger.sure = self._ledger.sure and llama.input_ids is before
+            raise
+        finally:
+            if llama.input_ids is not before:
+                self._ledger.load(llama.n_tokens, getattr(state, "ds4_mtp_batches", None))
+            # Hidden rows are no part of a state: cold until a token is evaluated.
+            self._spec.begin(_SEQ)
+
+    # -- for the Llama's context --
+
+    def settle(self) -> None:
+        """Take rows that nobody asked for out of the engine's memory: it then holds the Llama's tokens, no more."""
+        llama = self._llama()
+        if llama is None or self._closed or llama._ctx.ctx is None:
+            return  # under a generation that is only now dropped
+        if not self._ledger.sure:
+            self._reevaluate(llama)
+        if self._verify is None or not self._verify.open:
+            return
+        try:
+            with self._ledger.changing():
+                self._spec.accept(self._verify)
+        except _FAILURES as err:
+            self._give_up(llama, str(err), reevaluate=True)
+
+    def overtake(self) -> None:
+        """Somebody decodes on the Llama's context: that finds the Llama's tokens in memory, and gives other rows."""
+        self.settle()
+        self._verify = None
+
+    def output(self, i: int) -> int | None:
+        """The row of the last decode that an app means by `i`; None where a plain decode had no such row.
+
+        To the app a verify was the decode of one token, whose row is 0 and, from the end, -1.
+        """
+        if self._verify is None:
+            return i
+        return self._verify.row if i in (0, -1) else None
+
+    def drafts_with(self, draft: object) -> bool:
+        """Whether `draft` is the one of this session; an app may take it off its Llama, and put it back."""
+        return draft is self._draft
+
+    def check_open(self) -> None:
+        """
+        Raises:
+            RuntimeError: the Llama is closed; asking the engine would crash.
+        """
+        llama = self._llama()
+        if llama is None or self._closed or llama._ctx.ctx is None:
+            raise RuntimeError("the Llama is closed")
+
+    def close(self) -> None:
+        """Free the head. The Llama is being closed, or is about to load another model."""
+        self._closed = True
+        detach(self._draft, self._spec)
+
+    # -- inside --
+
+    def _count(self, llama: Llama, token: int) -> None:
+        """The host's sampler chose `token`: count the draft for it if there was one."""
+        verify = self._verify
+        if verify is None or verify.expected is None:
+            return
+        if verify.expected == token:
+            self._spec.counters.accepted(verify.row)
+        elif current().log:
+            print(
+                f"ds4_mtp_plugin: mtp miss: position={llama.n_tokens} depth={verify.row + 1} "
+                f"drafted={verify.expected} sampled={token}",
+                file=sys.stderr,
+            )
+
+    def _forget(self) -> None:
+        self._verify = None
+        self._ledger.forget()
+        self._spec.begin(_SEQ)
+
+    def _advance(self, llama: Llama, token: int) -> bool:
+        """The loop asks for `token`: is it the draft in the row behind the last one?"""
+        verify = self._verify
+        if verify is None or verify.expected != token:
+            return False
+        if not self._ledger.sure or llama.n_tokens != verify.n_committed:
+            return False
+        with self._ledger.changing():
+            verify.advance(token)
+            self._commit(llama, token, verify)
+        return True
+
+    def _speculate(self, llama: Llama, token: int, generation: Generation) -> bool:
+        """Evaluate `token` together with what may follow it; False where it is to be evaluated alone."""
+        n_past = llama.n_tokens
+        if self._spec.target.seq_pos_max(_SEQ) != n_past - 1:
+            return False  # the app changed one of them: what a plain run makes of that is the host's affair
+        try:
+            drafts = self._spec.draft(_SEQ, n_past, token, generation.room(n_past, len(llama.input_ids)))
+        except _FAILURES as err:
+            self._give_up(llama, f"drafting failed: {err}")
+            return False
+        if not drafts:
+            return False
+        try:
+            with self._ledger.changing():
+                self._verify = self._spec.verify(_SEQ, n_past, token, drafts)
+                self._commit(llama, token, self._verify)
+        except _FAILURES as err:
+            # A decode that failed may have used up a pending rollback: nothing in memory can be relied on.
+            self._give_up(llama, f"verifying failed: {err}", reevaluate=True)
+            return False
+        return True
+
+    def _commit(self, llama: Llama, token: int, verify: Verify) -> None:
+        """What the host's eval does after a decode, for the verify's last committed row."""
+        n_past = llama.n_tokens
+        llama.input_ids[n_past] = token
+        if llama._logits_all:
+            llama.scores[n_past, :] = self._spec.target.logits(verify.row)
+        self._ledger.evaluated(n_past, 1)  # before the Llama counts the token: more may be known than it has, not less
+        llama.n_tokens = n_past + 1
+        llama._requires_eval = False
+
+    def _eval_chunk(
+        self, llama: Llama, host_eval: Callable[[Sequence[int]], None], chunk: Sequence[int], keep: int
+    ) -> None:
+        """The host's eval of one of its batches. Hidden rows of the last `keep` tokens are kept, while they live."""
+        target, ledger, n_past = self._spec.target, self._ledger, llama.n_tokens
+        if not self.drafts_with(llama.draft_model) or (self._last is not None and not self._last.drafting):
+            keep = 0
+        target.set_hidden(HIDDEN_OFF if keep == 0 else HIDDEN_OUTPUTS if len(chunk) == 1 else HIDDEN_ALL)
+        before = target.seq_pos_max(_SEQ)
+        try:
+            host_eval(chunk)
+            ledger.evaluated(n_past, len(chunk))
+        except BaseException:
+            # A decode that fails may take more with it than its own rows; one that is interrupted may leave rows that
+            # the host, which counts last, does not count.
+            if llama.n_tokens > n_past:
+                ledger.evaluated(n_past, len(chunk))
+                before = llama.n_tokens - 1
+            ledger.sure = target.seq_pos_max(_SEQ) == before
+            raise
+        if keep:
+            try:
+                hidden = target.hidden_rows(len(chunk) - keep, keep)
+                self._spec.process(_SEQ, n_past, chunk, hidden)
+            except _FAILURES as err:
+                self._give_up(llama, f"keeping hidden rows failed: {err}")
+
+    def _reevaluate(self, llama: Llama) -> None:
+        """What the engine's memory holds is not known: clear it and evaluate the Llama's tokens again, as they were.
+
+        Raises:
+            RuntimeError: not all of what it held is known.
+        """
+        ledger, n_tokens = self._ledger, llama.n_tokens
+        if n_tokens < ledger.known:
+            ledger.evaluated(n_tokens, 0)  # the app has cut its text
+        known, large, batches = ledger.known, ledger.save(), list(ledger.batches())
+        running, self._running = self._running, None  # none of these is a token to draft behind
+        try:
+            self._forget()
+            llama._ctx.kv_cache_clear()
+            llama.n_tokens = 0
+            if n_tokens > known:
+                raise RuntimeError(
+                    f"MtpDraft: the engine lost its memory, and only {known} of the {n_tokens} rows that it held were "
+                    "evaluated through this Llama; evaluate the prompt again"
+                )
+            for first, end in batches:
+                llama.eval(llama.input_ids[first:end].tolist())
+        except BaseException:
+            if n_tokens <= known:  # the tokens are there still; the next call tries again
+                llama.n_tokens = n_tokens
+                ledger.load(n_tokens, large)
+                ledger.sure = False
+            raise
+        finally:
+            self._running = running
+
+    def _give_up(self, llama: Llama, why: str, *, reevaluate: bool = False) -> None:
+        """Decode plainly for the rest of this generation. The app is told once, and last: a warning may be raised."""
+        if self._last is not None:
+            self._last.drafting = False
+        self._spec.counters.failures += 1
+        if reevaluate:
+            self._reevaluate(llama)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"MtpDraft: decoding plainly: {why}", RuntimeWarning, stacklevel=2)

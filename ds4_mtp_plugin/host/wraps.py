@@ -1,0 +1,340 @@
+"""What is wrapped of llama_cpp: one table, applied once, undoable.
+
+A function here stands for the method of its name. It gets the host's own as first argument and the object as second;
+an object without a session goes straight to the host's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import llama_cpp
+from llama_cpp import _ctypes_extensions, _internals
+from llama_cpp.llama_cpp import llama_memory_seq_pos_max
+
+from ..draft import MtpDraft
+from . import library
+from .opening import admit, depth_in_scope, refuse_embeddings
+from .session import Session
+
+__all__ = ["apply", "session_of", "undo"]
+
+_Host = Callable[..., Any]
+
+# Where a Llama, and its context, keep their session.
+_SESSION = "_ds4_mtp"
+
+# Behind the last row of any batch: the engine finds no row there.
+_NO_ROW = 1 << 30
+
+
+def session_of(owner: object) -> Session | None:
+    """The session of a Llama or of its context; None where it does not draft."""
+    found: Session | None = vars(owner).get(_SESSION)
+    return found
+
+
+# -- Llama --
+
+
+def init(host: _Host, llama: Any, *args: Any, **kwargs: Any) -> None:
+    if (before := vars(llama).pop(_SESSION, None)) is not None:  # a second __init__
+        before.close()
+    vars(llama).setdefault("_stack", ExitStack())  # the host's __del__ closes it, even where this raises
+    admission = admit({**dict(zip(("model_path",), args)), **kwargs})
+    if admission is None:
+        host(llama, *args, **kwargs)
+        return
+    with admission.in_scope():
+        # Without a draft the host leaves logits_all as the app set it.
+        host(llama, *args, **{**kwargs, "draft_model": None})
+    if llama.lora_path and not llama._lora_adapter:
+        # The host takes the engine's null for an adapter, and the first decode would end the process.
+        llama.close()
+        raise RuntimeError(f"Failed to initialize LoRA adapter from lora path: {llama.lora_path}")
+    vars(llama)["draft_model"] = admission.draft
+    session = admission.open(llama)
+    if session is not None:
+        vars(llama)[_SESSION] = vars(llama._ctx)[_SESSION] = session
+
+
+def getstate(host: _Host, llama: Any) -> dict[str, Any]:
+    state: dict[str, Any] = host(llama)
+    if isinstance(draft := state.get("draft_model"), MtpDraft):
+        state["draft_model"] = copy.copy(draft)  # what is made of the state cannot share a head with this Llama
+    return state
+
+
+def reduce_ex(host: _Host, llama: Any, protocol: Any) -> Any:
+    """Pickles name this package before the host: where they are loaded, the host has to find our library."""
+    reduced = host(llama, protocol)
+    if not isinstance(reduced, tuple) or not isinstance(vars(llama).get("draft_model"), MtpDraft):
+        return reduced
+    return new_llama, (type(llama),), *reduced[2:]
+
+
+def new_llama(kind: type[Any]) -> Any:
+    """An empty Llama, for unpickling."""
+    return object.__new__(kind)
+
+
+def completion(host: _Host, llama: Any, *args: Any, **kwargs: Any) -> Any:
+    chunks = host(llama, *args, **kwargs)
+    session = session_of(llama)
+    if session is None:
+        return chunks
+    wanted = kwargs.get("max_tokens")
+    return session.completion(chunks, wanted if wanted is not None and wanted > 0 else None)
+
+
+def generate(host: _Host, llama: Any, *args: Any, **kwargs: Any) -> Any:
+    session = session_of(llama)
+    if session is None:
+        return host(llama, *args, **kwargs)
+    return session.generate(llama, host(WithoutDraft(llama), *args, **kwargs))
+
+
+def evaluate(host: _Host, llama: Any, *args: Any, **kwargs: Any) -> None:
+    session = session_of(llama)
+    if session is None or not _is_one("tokens", args, kwargs):
+        host(llama, *args, **kwargs)
+    else:
+        session.eval(llama, functools.partial(host, llama), *args, **kwargs)
+
+
+def reset(host: _Host, llama: Any) -> None:
+    session = session_of(llama)
+    if session is None:
+        host(llama)
+    else:
+        session.reset(functools.partial(host, llama))
+
+
+def save_state(host: _Host, llama: Any) -> Any:
+    session = session_of(llama)
+    return host(llama) if session is None else session.save_state(functools.partial(host, llama))
+
+
+def load_state(host: _Host, llama: Any, *args: Any, **kwargs: Any) -> None:
+    session = session_of(llama)
+    if session is None or not _is_one("state", args, kwargs):
+        host(llama, *args, **kwargs)
+    else:
+        session.load_state(llama, functools.partial(host, llama), *args, **kwargs)
+
+
+def _is_one(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call has the one argument `name`; where it has not, the host raises as it does without us."""
+    return len(args) + len(kwargs) == 1 and (bool(args) or name in kwargs)
+
+
+class WithoutDraft:
+    """A Llama as its own generation loop sees it.
+
+    Of a draft_model the loop would ask tokens and write behind its own; everything else is the Llama's.
+    """
+
+    __slots__ = ("_llama",)
+
+    draft_model = None
+
+    def __init__(self, llama: object) -> None:
+        object.__setattr__(self, "_llama", llama)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_llama"), name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(object.__getattribute__(self, "_llama"), name, value)
+
+
+class DraftModel:
+    """``Llama.draft_model``: a draft that would do nothing is refused, where the host would take it silently."""
+
+    def __get__(self, llama: Any, owner: type | None = None) -> Any:
+        if llama is None:
+            return self
+        try:
+            return vars(llama)["draft_model"]
+        except KeyError:
+            raise AttributeError("draft_model") from None
+
+    def __set__(self, llama: Any, value: object) -> None:
+        session = session_of(llama)
+        if session is not None and value is not None and not session.drafts_with(value):
+            raise ValueError(
+                f"draft_model is {value!r}: this Llama was made for its own MtpDraft; that, or None to draft nothing, "
+                "is all that it takes. Make another Llama for another draft"
+            )
+        if session is None and isinstance(value, MtpDraft) and value is not vars(llama).get("draft_model"):
+            raise ValueError(
+                f"draft_model is {value!r}: this Llama was made without it and has no memory for drafts; pass it to "
+                "the constructor, Llama(..., draft_model=MtpDraft(...))"
+            )
+        vars(llama)["draft_model"] = value
+
+
+# -- LlamaContext, LlamaSampler --
+
+
+def context_init(host: _Host, context: Any, *, model: Any, params: Any, verbose: bool = True) -> None:
+    n_rs_seq = depth_in_scope(params)
+    if n_rs_seq is None:
+        host(context, model=model, params=params, verbose=verbose)
+    else:
+        params.n_rs_seq = n_rs_seq
+        try:
+            host(context, model=model, params=params, verbose=verbose)
+        except ValueError:
+            if not params.n_rs_seq:
+                raise
+            params.n_rs_seq = 0  # perhaps there is memory for the context, if not for its snapshots
+            host(context, model=model, params=params, verbose=verbose)
+        context._ds4_mtp_snapshots = True
+    if params.embeddings and (why := refuse_embeddings(model.model)):
+        context._ds4_mtp_refusal = why
+
+
+def decode(host: _Host, context: Any, batch: Any) -> None:
+    if (why := vars(context).get("_ds4_mtp_refusal")) is not None:
+        raise RuntimeError(why)
+    if (session := session_of(context)) is not None:
+        session.overtake()
+    host(context, batch)
+
+
+def settled(host: _Host, context: Any, *args: Any, **kwargs: Any) -> Any:
+    """A method that sees or changes the engine's memory, which holds the Llama's tokens and no more before it."""
+    if (session := session_of(context)) is not None:
+        session.settle()
+    return host(context, *args, **kwargs)
+
+
+def kv_cache_seq_rm(host: _Host, context: Any, seq_id: int, p0: int, p1: int) -> bool:
+    # Snapshots are for our own rollbacks. The host asks in order to keep a prompt's beginning; without a draft
+    # the engine refuses that, and evaluating less than a plain run does would round otherwise than it.
+    if (session := session_of(context)) is not None:
+        session.settle()
+    if "_ds4_mtp_snapshots" in vars(context):
+        last = int(llama_memory_seq_pos_max(context.memory, max(seq_id, 0)))
+        if 0 < p0 <= last:
+            return False
+    return bool(host(context, seq_id, p0, p1))
+
+
+def get_logits(host: _Host, context: Any) -> Any:
+    session = session_of(context)
+    row = -1 if session is None else session.output(-1)
+    return host(context) if row == -1 else context.get_logits_ith(-1)
+
+
+def get_logits_ith(host: _Host, context: Any, i: int) -> Any:
+    session = session_of(context)
+    row = i if session is None else session.output(i)
+    return host(context, _NO_ROW if row is None else row)
+
+
+def sampler_sample(host: _Host, sampler: Any, ctx: Any, idx: int = -1) -> int:
+    session = session_of(ctx)
+    if session is None:
+        return int(host(sampler, ctx, idx))
+    session.check_open()
+    row = session.output(idx)
+    if row is None:
+        # The engine asserts.
+        raise IndexError(f"there is no row {idx}: the last token's is 0, or -1")
+    return int(host(sampler, ctx, row))
+
+
+# -- modules --
+
+
+def load_shared_library(host: _Host, lib_base_name: str, base_path: Path) -> Any:
+    """The host's modules that load a library of their own (libggml, libmtmd) find the one that goes with our libllama.
+
+    A folder that the app named (MTMD_CPP_LIB) comes first.
+    """
+    hosts, ours = Path(llama_cpp.__file__).parent / "lib", library.folder()
+    folders = (ours, base_path) if base_path == hosts else (base_path, ours)
+    try:
+        return host(lib_base_name, folders[0])
+    except FileNotFoundError:
+        return host(lib_base_name, folders[1])
+
+
+class _Wrap(NamedTuple):
+    owner: type | ModuleType
+    name: str
+    ours: Callable[..., Any]
+
+
+_Context, _Sampler = _internals.LlamaContext, _internals.LlamaSampler
+
+_TABLE = (
+    _Wrap(llama_cpp.Llama, "__init__", init),
+    _Wrap(llama_cpp.Llama, "__getstate__", getstate),
+    _Wrap(llama_cpp.Llama, "__reduce_ex__", reduce_ex),
+    _Wrap(llama_cpp.Llama, "_create_completion", completion),
+    _Wrap(llama_cpp.Llama, "generate", generate),
+    _Wrap(llama_cpp.Llama, "eval", evaluate),
+    _Wrap(llama_cpp.Llama, "reset", reset),
+    _Wrap(llama_cpp.Llama, "save_state", save_state),
+    _Wrap(llama_cpp.Llama, "load_state", load_state),
+    _Wrap(_Context, "__init__", context_init),
+    _Wrap(_Context, "decode", decode),
+    _Wrap(_Context, "encode", settled),
+    _Wrap(_Context, "kv_cache_clear", settled),
+    _Wrap(_Context, "kv_cache_seq_rm", kv_cache_seq_rm),
+    _Wrap(_Context, "kv_cache_seq_cp", settled),
+    _Wrap(_Context, "kv_cache_seq_keep", settled),
+    _Wrap(_Context, "kv_cache_seq_shift", settled),
+    _Wrap(_Context, "get_state_size", settled),
+    _Wrap(_Context, "get_logits", get_logits),
+    _Wrap(_Context, "get_logits_ith", get_logits_ith),
+    _Wrap(_Sampler, "sample", sampler_sample),
+    _Wrap(_ctypes_extensions, "load_shared_library", load_shared_library),
+)
+
+# Of the host an attribute of each Llama, of ours a descriptor of the class.
+_DRAFT_MODEL = "draft_model"
+
+# What was there before, while the table is applied. Names that the owner only inherited are deleted again.
+_INHERITED = object()
+_originals: dict[_Wrap, Any] = {}
+
+
+def apply() -> None:
+    """Wrap the host. Safe to call again."""
+    if _originals:
+        return
+    for wrap in _TABLE:
+        _originals[wrap] = vars(wrap.owner).get(wrap.name, _INHERITED)
+        setattr(wrap.owner, wrap.name, _bound(getattr(wrap.owner, wrap.name), wrap.ours))
+    setattr(llama_cpp.Llama, _DRAFT_MODEL, DraftModel())
+
+
+def undo() -> None:
+    """Leave the host as it was. Llamas that draft go on without drafts."""
+    if not _originals:
+        return
+    for wrap, original in _originals.items():
+        if original is _INHERITED:
+            delattr(wrap.owner, wrap.name)
+        else:
+            setattr(wrap.owner, wrap.name, original)
+    delattr(llama_cpp.Llama, _DRAFT_MODEL)
+    _originals.clear()
+
+
+def _bound(original: _Host, ours: Callable[..., Any]) -> _Host:
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return ours(original, *args, **kwargs)
+
+    return wrapped
