@@ -5,23 +5,26 @@ It shows both texts, that they are the same, and what speculation did and cost o
 
 from __future__ import annotations
 
-import argparse as _argparse
-import pathlib as _pathlib
+import argparse
+from pathlib import Path
 
-from . import _compare
+from . import EXIT_DIFFERS, EXIT_OK, arguments
+from .comparison import compare
 
 HELP = "plain and speculative text of the model that comes with the plugin"
+EXITS = {EXIT_OK: "both texts are the same", EXIT_DIFFERS: "the speculative text differs from the plain one"}
 
-MODELS = _pathlib.Path(__file__).resolve().parent.parent / "models"
+MODELS = Path(__file__).resolve().parent.parent / "models"
 BASE, HEAD = MODELS / "ds4-mini-q8_0.gguf", MODELS / "ds4-mini-mtp-q8_0.gguf"
 
 _PROMPT = "This module implements a number of functions that"
 
 
-def add_arguments(parser: _argparse.ArgumentParser) -> None:
-    parser.add_argument("-p", "--prompt", default=_PROMPT, help="text to continue (default: %(default)r)")
-    _compare.add_arguments(parser, n_predict=128, ctx=2048)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    arguments.add_prompt(parser, default=_PROMPT)
+    arguments.add_generation(parser, n_predict=128, ctx=2048)
+    arguments.add_sampling(parser)
 
 
-def do(args: _argparse.Namespace) -> int:
-    return _compare.compare(str(BASE), str(HEAD), args.prompt, args)
+def do(args: argparse.Namespace) -> int:
+    return compare(str(BASE), str(HEAD), arguments.prompt(args), args)

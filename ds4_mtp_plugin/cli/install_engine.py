@@ -6,17 +6,17 @@ engine by itself. Its own libraries are kept beside them, and --undo puts them b
 
 from __future__ import annotations
 
-import argparse as _argparse
-import hashlib as _hashlib
-import importlib.metadata as _metadata
-import json as _json
-import os as _os
-import pathlib as _pathlib
-import shutil as _shutil
+import argparse
+import hashlib
+import json
+import os
+import shutil
+from importlib import metadata
+from pathlib import Path
 
-import ds4_mtp_plugin as _package
+import ds4_mtp_plugin
 
-from .doctor import host_folder as _host_folder
+from .doctor import host_folder
 
 HELP = "place the patched engine in llama-cpp-python's own folder (--undo: take it away)"
 
@@ -24,20 +24,20 @@ HELP = "place the patched engine in llama-cpp-python's own folder (--undo: take 
 _Files = dict[str, str]
 
 
-def add_arguments(parser: _argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--undo", action="store_true", help="put back what was there before")
 
 
-def do(args: _argparse.Namespace) -> int:
+def do(args: argparse.Namespace) -> int:
     from ..host import HOST_VERSION, INSTALL_HOST
 
-    host = _host_folder()
+    host = host_folder()
     if host is None:
         raise RuntimeError(f"llama-cpp-python is not installed: {INSTALL_HOST}")
     if args.undo:
         print(undo(host))
         return 0
-    version = _metadata.version("llama-cpp-python")
+    version = metadata.version("llama-cpp-python")
     if version != HOST_VERSION:
         raise RuntimeError(
             f"llama-cpp-python {version} is installed; the engine is one of {HOST_VERSION}: {INSTALL_HOST}"
@@ -46,7 +46,7 @@ def do(args: _argparse.Namespace) -> int:
     return 0
 
 
-def install(host: _pathlib.Path, engine: _pathlib.Path) -> str:
+def install(host: Path, engine: Path) -> str:
     """Make `host`/lib a copy of the folder `engine`; what was done, in a line.
 
     ``lib`` is replaced as a whole, because libraries of two builds do not mix. What was there is moved, not copied, to
@@ -67,7 +67,7 @@ def install(host: _pathlib.Path, engine: _pathlib.Path) -> str:
         undo(host)  # an older engine of ours, or an interrupted run
     try:
         kept.begin(original=_listing(lib) if lib.is_dir() else None, installed=new)
-        _shutil.copytree(engine, kept.new, symlinks=True)
+        shutil.copytree(engine, kept.new, symlinks=True)
         if _listing(kept.new) != new:
             raise RuntimeError(f"{engine} changed while it was copied; try again")
         if lib.is_dir():
@@ -79,7 +79,7 @@ def install(host: _pathlib.Path, engine: _pathlib.Path) -> str:
     return f"llama-cpp-python now runs on the engine of ds4_mtp_plugin, in {lib} ('ds4-mtp install-engine --undo')"
 
 
-def undo(host: _pathlib.Path) -> str:
+def undo(host: Path) -> str:
     """Put `host`/lib back as it was before `install`; what was done, in a line.
 
     Raises:
@@ -102,7 +102,7 @@ def undo(host: _pathlib.Path) -> str:
 class _Kept:
     """The folder beside ``lib`` with what `install` took away and a manifest of what it did."""
 
-    def __init__(self, host: _pathlib.Path) -> None:
+    def __init__(self, host: Path) -> None:
         self.folder = host / "lib.ds4-mtp"
         self.original = self.folder / "lib"
         self.new = self.folder / "new"
@@ -122,7 +122,7 @@ class _Kept:
             self.folder.rmdir()  # `forget` was interrupted before its last step
             return False
         try:
-            manifest = _json.loads(self._file.read_text(encoding="utf-8"))
+            manifest = json.loads(self._file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             manifest = None
         if isinstance(manifest, dict) and {"original", "installed"} <= set(manifest):
@@ -132,18 +132,18 @@ class _Kept:
 
     def begin(self, *, original: _Files | None, installed: _Files) -> None:
         # Written elsewhere and moved: there is no folder without a whole manifest, however this ends.
-        staged = self.folder.with_name(f"{self.folder.name}.{_os.getpid()}")
+        staged = self.folder.with_name(f"{self.folder.name}.{os.getpid()}")
         staged.mkdir()
         try:
-            manifest = {"plugin": _package.__version__, "original": original, "installed": installed}
-            (staged / self._file.name).write_text(_json.dumps(manifest, indent=1), encoding="utf-8")
+            manifest = {"plugin": ds4_mtp_plugin.__version__, "original": original, "installed": installed}
+            (staged / self._file.name).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             staged.rename(self.folder)
         except BaseException:
-            _shutil.rmtree(staged, ignore_errors=True)
+            shutil.rmtree(staged, ignore_errors=True)
             raise
         self.manifest = {"original": original, "installed": installed}
 
-    def state(self, lib: _pathlib.Path) -> str:
+    def state(self, lib: Path) -> str:
         """What ``lib`` is: "installed", "original" (not yet, or no longer, replaced), or "gone" (in between).
 
         A host that was installed again is "original" too, where its files are the same.
@@ -173,19 +173,19 @@ class _Kept:
         # The manifest goes last: half a removal is still known for what it is. rmdir takes an empty folder only.
         for folder in (self.new, self.removed, self.original):
             if folder.exists():
-                _shutil.rmtree(folder)
+                shutil.rmtree(folder)
         self._file.unlink()
         self.folder.rmdir()
 
 
-def _listing(folder: _pathlib.Path) -> _Files:
+def _listing(folder: Path) -> _Files:
     files: _Files = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
-            files[name] = f"-> {_os.readlink(path)}"
+            files[name] = f"-> {os.readlink(path)}"
         elif path.is_file():
-            digest = _hashlib.sha256()
+            digest = hashlib.sha256()
             with open(path, "rb") as file:
                 for block in iter(lambda: file.read(1 << 20), b""):
                     digest.update(block)
@@ -198,7 +198,7 @@ def _differing(found: _Files, expected: _Files) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
 
 
-def _engine_folder() -> _pathlib.Path:
+def _engine_folder() -> Path:
     """Where this package's libraries are; those that LLAMA_CPP_LIB_PATH names where it has none of its own.
 
     Raises:
@@ -207,8 +207,8 @@ def _engine_folder() -> _pathlib.Path:
     from ..engine import LIBRARY_DIR, Library
 
     folder = LIBRARY_DIR
-    if not any(folder.glob("*llama.*")) and _os.environ.get("LLAMA_CPP_LIB_PATH"):
-        folder = _pathlib.Path(_os.environ["LLAMA_CPP_LIB_PATH"])
+    if not any(folder.glob("*llama.*")) and os.environ.get("LLAMA_CPP_LIB_PATH"):
+        folder = Path(os.environ["LLAMA_CPP_LIB_PATH"])
     libraries = [path for path in folder.glob("*llama.*") if path.suffix in (".so", ".dylib", ".dll")]
     if not libraries:
         raise RuntimeError(f"there is no engine in {folder}: reinstall ds4_mtp_plugin")

@@ -5,26 +5,38 @@ The text goes to stdout as it comes, then a few lines on what speculation did.
 
 from __future__ import annotations
 
-import argparse as _argparse
+import argparse
 
-from .. import MtpDraft as _MtpDraft
-from . import _compare, _generation
+from ..draft import MtpDraft
+from . import EXIT_DIFFERS, EXIT_FAILED, EXIT_OK, arguments, generation, report
+from .comparison import compare, seed
 
 HELP = "text of your own model with its MTP head"
+EXITS = {
+    EXIT_OK: "done; with --compare: both texts are the same",
+    EXIT_FAILED: "failed: a file or an option does not fit; stderr says why, in a line",
+    EXIT_DIFFERS: "with --compare: the speculative text differs from the plain one",
+}
 
 
-def add_arguments(parser: _argparse.ArgumentParser) -> None:
-    _generation.add_model_arguments(parser)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    arguments.add_model(parser)
+    arguments.add_prompt(parser)
     parser.add_argument("--compare", action="store_true", help="first the plain text, then the same with the head")
-    _generation.add_arguments(parser, n_predict=256, ctx=4096)
+    arguments.add_generation(parser, n_predict=256, ctx=4096)
+    arguments.add_sampling(parser)
 
 
-def do(args: _argparse.Namespace) -> int:
-    options = {"n_gpu_layers": args.n_gpu_layers}
+def do(args: argparse.Namespace) -> int:
+    prompt = arguments.prompt(args)
     if args.compare:
-        return _compare.compare(args.model, args.mtp, args.prompt, args, **options)
-    draft = _MtpDraft(args.mtp, num_pred_tokens=args.num_pred_tokens)
-    drafted = _generation.generate(args.model, draft, args.prompt, args, **options)
-    print()
-    _generation.report(None, drafted)
-    return 0
+        return compare(args.model, args.mtp, prompt, args)
+    draft = MtpDraft(args.mtp, num_pred_tokens=args.num_pred_tokens)
+    chosen = seed(args)
+    drafted = generation.generate(args.model, draft, prompt, args, seed=chosen)
+    if args.json:
+        print(report.as_json(drafted, seed=chosen))
+    else:
+        print()
+        report.print_report(None, drafted)
+    return EXIT_OK

@@ -2,41 +2,54 @@
 
 All other options are the server's own and are handed on to it ('python -m llama_cpp.server --help' lists them):
 --host, --port, --n_ctx, --n_gpu_layers, ... Several models come from a --config_file, in which the "draft_model" of
-each is the GGUF of its head. It runs until Ctrl-C (exit status 0) or SIGTERM (143).
+each is the GGUF of its head. The server evaluates one request at a time, and ends a stream when another request comes
+in; with --interrupt_requests false that one waits.
 """
 
 from __future__ import annotations
 
-import argparse as _argparse
-import importlib as _importlib
-import signal as _signal
-import sys as _sys
-import typing as _t
+import argparse
+import importlib
+import signal
+import sys
+from typing import Any
+
+from . import EXIT_FAILED, EXIT_OK, EXIT_USAGE, arguments
 
 HELP = "an HTTP server with OpenAI's interface (llama_cpp.server) and MTP heads"
 
+_EXIT_TERMINATED = 128 + signal.SIGTERM
+EXITS = {
+    EXIT_OK: "stopped by Ctrl-C",
+    EXIT_FAILED: "failed: a file or a setting does not fit, or the port is taken; stderr says why",
+    EXIT_USAGE: "the command line is not understood, by this command or by the server",
+    _EXIT_TERMINATED: "stopped by SIGTERM",
+}
 
-def add_arguments(parser: _argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", metavar="BASE", help="GGUF of the model")
     parser.add_argument("--mtp", metavar="MTP", help="GGUF of its MTP head (the same as --draft_model MTP)")
-    parser.add_argument("-k", "--num-pred-tokens", type=int, metavar="K", help="drafts a cycle (default 2)")
+    parser.add_argument(
+        "-k", "--num-pred-tokens", type=arguments.integer(0), metavar="K", help="drafts per cycle (default 2)"
+    )
     parser.set_defaults(rest=[])
 
 
-def do(args: _argparse.Namespace) -> int:
+def do(args: argparse.Namespace) -> int:
     if args.mtp and not args.mtp.endswith(".gguf"):
         raise ValueError(
             f"--mtp {args.mtp}: the server takes a name without .gguf at its end for prompt lookup; rename the file"
         )
     if args.num_pred_tokens is not None and not args.mtp:
         raise ValueError("-k is of the head that --mtp names; in a --config_file it is draft_model_num_pred_tokens")
-    from ..host import server as _server  # noqa: F401  from here on the server's settings name heads
+    from ..host import server  # noqa: F401  from here on the server's settings name heads
 
-    main: _t.Any = _importlib.import_module("llama_cpp.server.__main__")
+    main: Any = importlib.import_module("llama_cpp.server.__main__")
     given = {"model": args.model, "draft_model": args.mtp, "draft_model_num_pred_tokens": args.num_pred_tokens}
     options = [f"--{name}={value}" for name, value in given.items() if value is not None]
-    _sys.argv = ["ds4-mtp serve", *options, *args.rest]
+    sys.argv = ["ds4-mtp serve", *options, *args.rest]
     # The server ends by the signal that it got; this one would leave no time to close a model.
-    _signal.signal(_signal.SIGTERM, lambda *_: _sys.exit(128 + _signal.SIGTERM))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_EXIT_TERMINATED))
     main.main()
-    return 0
+    return EXIT_OK

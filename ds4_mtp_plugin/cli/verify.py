@@ -6,41 +6,57 @@ one whose logit was as good as equal: the worst gap says how equal.
 
 from __future__ import annotations
 
-import argparse as _argparse
+import argparse
+import dataclasses
 
-from .. import MtpDraft as _MtpDraft
-from ..replay import replay as _replay
-from . import EXIT_DIFFERS as _EXIT_DIFFERS
-from . import EXIT_OK as _EXIT_OK
-from . import _generation
+from ..draft import MtpDraft
+from ..replay import replay
+from ..settings import current
+from . import EXIT_DIFFERS, EXIT_FAILED, EXIT_OK, arguments, generation, report
 
 HELP = "how far greedy text with the head is from the plain one"
+EXITS = {
+    EXIT_OK: "the worst gap is within the bound",
+    EXIT_FAILED: "failed, or nothing was drafted, so that nothing was compared; stderr says why, in a line",
+    EXIT_DIFFERS: "the worst gap is larger than the bound",
+}
 
 # A quarter of ds4's bound. Decoding a small trained model's text 64 rows at a time, with the CPU's other kernels,
 # moved its choices by no more than 0.03; a drafted token that the model did not choose is several logits off.
 BOUND = 0.5
 
 
-def add_arguments(parser: _argparse.ArgumentParser) -> None:
-    _generation.add_model_arguments(parser)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    arguments.add_model(parser)
+    arguments.add_prompt(parser)
     parser.add_argument(
         "--bound",
-        type=float,
+        type=arguments.real(0),
         default=BOUND,
         metavar="GAP",
-        help=f"exit with status {_EXIT_DIFFERS} where the worst gap is larger (default %(default)s; 0: exact)",
+        help="greatest gap that passes, in logits; 0: every token has to be plain decoding's choice "
+        "(default %(default)s)",
     )
-    _generation.add_arguments(parser, n_predict=256, ctx=4096, sampling=False)
+    arguments.add_generation(parser, n_predict=256, ctx=4096)
 
 
-def do(args: _argparse.Namespace) -> int:
-    options = {"n_gpu_layers": args.n_gpu_layers}
-    draft = _MtpDraft(args.mtp, num_pred_tokens=args.num_pred_tokens)
-    drafted = _generation.generate(args.model, draft, args.prompt, args, **options)
-    with _generation.loaded(args.model, None, args, **options) as llm, _generation.progress("decoding it plainly"):
-        found = _replay(llm, _generation.tokenize(llm, args.prompt, args), drafted.tokens)
-    print(f"---\n{draft.stats}")
-    print(f"{found.diverging} of {found.n} tokens are not the choice of plain decoding")
-    if found.diverging:
-        print(f"worst gap: {found.worst_gap:.4f} logits, at token {found.worst_at} (bound {args.bound:g})")
-    return _EXIT_OK if found.worst_gap <= args.bound and (args.bound or not found.diverging) else _EXIT_DIFFERS
+def do(args: argparse.Namespace) -> int:
+    prompt = arguments.prompt(args)
+    if current().disable:
+        raise ValueError("DS4_MTP_SPEC_DISABLE is set: nothing is drafted, and there is nothing to compare. Unset it")
+    draft = MtpDraft(args.mtp, num_pred_tokens=args.num_pred_tokens)
+    drafted = generation.generate(args.model, draft, prompt, args)
+    if drafted.stats is None or not drafted.stats.proposed:
+        raise RuntimeError(f"nothing was drafted in {len(drafted.tokens)} tokens, so that nothing was compared")
+    with generation.load(args.model, None, args) as llm, generation.progress("decoding it plainly"):
+        found = replay(llm, drafted.prompt, drafted.tokens)
+    passed = found.worst_gap <= args.bound and (args.bound > 0 or not found.diverging)
+    if args.json:
+        compared = {**dataclasses.asdict(found), "bound": args.bound, "passed": passed}
+        print(report.as_json(drafted, replay=compared))
+    else:
+        print(f"---\n{drafted.stats}")
+        print(f"{found.diverging} of {found.n} tokens are not the choice of plain decoding")
+        if found.diverging:
+            print(f"worst gap: {found.worst_gap:.4f} logits, at token {found.worst_at} (bound {args.bound:g})")
+    return EXIT_OK if passed else EXIT_DIFFERS

@@ -1,0 +1,76 @@
+"""What generations say of each other: lines for people, an object for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from ..settings import current
+from ..stats import MtpStats
+from .generation import Generation
+
+__all__ = ["as_json", "nothing_drafted", "print_report"]
+
+
+def print_report(plain: Generation | None, drafted: Generation) -> None:
+    """What was measured, to stdout: rates, acceptance, what a row costs, and why there is a gain or none."""
+    stats = drafted.stats
+    assert stats is not None
+    if plain is not None:
+        print(f"plain        {1000 / plain.ms_per_token:8.1f} tokens/s")
+    print(f"speculative  {1000 / drafted.ms_per_token:8.1f} tokens/s", end="")
+    print(f"   {plain.ms_per_token / drafted.ms_per_token:.2f} x" if plain is not None else "")
+    if not stats.proposed:
+        print(nothing_drafted())
+        return
+    positions = "  ".join(f"{i + 1}: {100 * rate:.0f} %" for i, rate in enumerate(stats.rate_per_position))
+    per_cycle = 1 + stats.per_iter
+    verify, step = stats.verify_ms / stats.iters, stats.draft_ms / max(1, stats.draft_decodes)
+    print(f"accepted     {positions}   ({per_cycle:.2f} tokens per cycle)")
+    print(f"cost         verify of {stats.depth + 1} rows {verify:.2f} ms, MTP step {step:.2f} ms", end="")
+    if plain is None:
+        print()
+        return
+    print(f", single trunk row {plain.ms_per_token:.2f} ms")
+    paid = 1000 * drafted.seconds / stats.iters / plain.ms_per_token
+    faster = per_cycle > paid
+    print(
+        f"One cycle takes as long as {paid:.2f} plain tokens and gives {per_cycle:.2f}: "
+        f"speculation is {'faster' if faster else 'slower'} here."
+    )
+    if not faster:
+        print("Fewer drafts (-k 1) cost less. Large models, bound by memory, gain where a small one does not.")
+
+
+def nothing_drafted() -> str:
+    """Why a generation has no drafts."""
+    if current().disable:
+        return "nothing was drafted: DS4_MTP_SPEC_DISABLE is set"
+    return "nothing was drafted"
+
+
+def as_json(drafted: Generation, **more: Any) -> str:
+    """A generation with a head as one JSON object; `more` are members behind those that every verb gives."""
+    assert drafted.stats is not None
+    return json.dumps({**plain_members(drafted), "stats": _statistics(drafted.stats), **more})
+
+
+def plain_members(generation: Generation) -> dict[str, Any]:
+    """What every generation gives, for JSON."""
+    return {
+        "text": generation.text,
+        "tokens": generation.tokens,
+        "finish_reason": "stop" if generation.ended else "length",
+        "timings": {
+            "prompt_tokens": len(generation.prompt),
+            "prompt_ms": 1000 * generation.prompt_seconds,
+            "generation_ms": 1000 * generation.seconds,
+            "ms_per_token": generation.ms_per_token,
+        },
+    }
+
+
+def _statistics(stats: MtpStats) -> dict[str, Any]:
+    derived = {name: getattr(stats, name) for name in ("rate", "per_iter", "rate_per_position")}
+    return {**dataclasses.asdict(stats), **derived}
