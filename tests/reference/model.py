@@ -71,7 +71,8 @@ llama.cpp.
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, TypeVar, cast
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F

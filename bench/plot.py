@@ -1,0 +1,57 @@
+"""Draws a run of the benchmarks: ``python -m bench.plot RESULTS.json PLOT.png`` (needs matplotlib)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+
+TITLES = {
+    "test_mini[code]": "ds4-mini, code",
+    "test_mini[prose]": "ds4-mini, prose",
+    "test_planted_half_a_gigabyte[0.8]": "500 MB,\nacceptance .8",
+    "test_planted_half_a_gigabyte[0.0]": "500 MB,\nnever accepted",
+}
+CONTENDERS = {"mtp k=1": "#1b5e9b", "mtp k=2": "#4f94cd", "mtp k=3": "#9cc5e8", "prompt lookup": "#b0b0b0"}
+
+
+def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
+    """Bars of the median ratio to plain decoding, with its least and greatest, by text and contender."""
+    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    width = 0.8 / len(CONTENDERS)
+    for i, (name, colour) in enumerate(CONTENDERS.items()):
+        for at, run in enumerate(runs.values()):
+            row = run.get(name, {})
+            x = at + (i - (len(CONTENDERS) - 1) / 2) * width
+            label = name.replace("mtp k=", "depth ") if at == 0 else None
+            if "ratio" not in row:
+                axes.bar(x, 0, width, color=colour, label=label)
+                axes.text(x, 0.02, "fails", ha="center", va="bottom", rotation=90, fontsize=8)
+                continue
+            spread = [[row["ratio"] - row["least"]], [row["greatest"] - row["ratio"]]]
+            axes.bar(x, row["ratio"], width * 0.92, yerr=spread, color=colour, label=label, error_kw={"lw": 0.8})
+    axes.axhline(1, color="black", lw=1)
+    axes.text(len(runs) - 0.5, 1.01, "plain", ha="right", va="bottom", fontsize=8)
+    axes.set_xticks(range(len(runs)), [TITLES.get(name, name) for name in runs])
+    axes.set_ylabel("speed, ratio to plain decoding")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, ncols=len(CONTENDERS), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    results, path = sys.argv[1:]
+    benchmarks = json.loads(Path(results).read_text())["benchmarks"]
+    found = {each["name"]: each["extra_info"] for each in benchmarks}
+    draw({name: found[name] for name in (*TITLES, *found) if name in found}, Path(path))
+
+
+if __name__ == "__main__":
+    main()
