@@ -1,6 +1,6 @@
 """The DS4_MTP_* environment: switches that carry ds4's names and override what an app passed.
 
-Read once a process. A switch is off when it is unset, empty or ``0``.
+Read once per process. A switch is off when it is unset, empty or ``0``.
 """
 
 from __future__ import annotations

@@ -108,9 +108,9 @@ def test_a_refused_decode_raises_with_the_engines_code(trunk: engine.Context) ->
         engine.Batch(8).set([300] * 9, 0, 0)
 
 
-def test_a_file_that_is_no_model_is_a_valueerror(library: engine.Library, tmp_path: object) -> None:
+def test_a_file_that_is_no_model_is_an_error(library: engine.Library, tmp_path: object) -> None:
     path = f"{tmp_path}/no.gguf"
     with open(path, "wb") as file:
         file.write(b"GGUF and nothing else")
-    with pytest.raises(ValueError, match="no.gguf"):
+    with pytest.raises(engine.EngineError, match="no.gguf"):
         engine.Model(library, path)
