@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp.llama_speculative import LlamaDraftModel
 
-from .gguf_file import check_head
+from .gguf import check_head
 from .settings import current
 from .speculation import CommonSpeculative, Gate
 from .stats import MtpStats

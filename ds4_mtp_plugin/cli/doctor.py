@@ -16,7 +16,7 @@ import typing as _t
 
 import ds4_mtp_plugin as _package
 
-from .. import gguf_file as _gguf_file
+from .. import gguf as _gguf
 from ..settings import Settings as _Settings
 
 HELP = "what is installed, and whether files fit together"
@@ -115,37 +115,37 @@ def _environment() -> _t.Iterator[str]:
 
 
 def _files(paths: _t.Sequence[str]) -> _t.Iterator[str]:
-    models: list[_gguf_file.Model] = []
+    models: list[_gguf.Model] = []
     for path in paths:
         try:
-            models.append(_gguf_file.read_model(path))
+            models.append(_gguf.read_model(path))
         except (OSError, ValueError) as err:
             yield str(err)
             continue
         _describe(path, models[-1])
         try:
-            if models[-1].kind in (_gguf_file.TRUNK, _gguf_file.TRUNK_AND_HEAD):
-                _gguf_file.check_base(path)
+            if models[-1].kind in (_gguf.TRUNK, _gguf.TRUNK_AND_HEAD):
+                _gguf.check_base(path)
             else:
-                _gguf_file.check_head(path)
+                _gguf.check_head(path)
         except ValueError as err:
             models.pop()
             yield str(err)
     if len(paths) == 2 and len(models) == 2:
         # The head may come first.
-        base, head = sorted(models, key=lambda model: model.kind == _gguf_file.HEAD)
+        base, head = sorted(models, key=lambda model: model.kind == _gguf.HEAD)
         try:
-            _gguf_file.check_pair(base.path, head.path)
+            _gguf.check_pair(base.path, head.path)
         except ValueError as err:
             yield str(err)
         else:
             print(f"\n{head.path} belongs to {base.path}")
 
 
-def _describe(path: str, model: _gguf_file.Model) -> None:
+def _describe(path: str, model: _gguf.Model) -> None:
     print(f"\n{path}: {model.kind}" + (f" of architecture {model.architecture}" if model.architecture else ""))
     layers = model.n_layer
-    if layers is not None and model.kind == _gguf_file.HEAD:
+    if layers is not None and model.kind == _gguf.HEAD:
         print(f"  on top of {layers} layers")
     elif layers is not None:
         print(f"  {layers} layers")

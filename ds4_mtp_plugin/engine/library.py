@@ -10,7 +10,7 @@ import typing as _t
 import cffi as _cffi
 
 # Must equal DS4_MTP_ABI of patches/src/ds4-mtp.h.
-ABI = 1
+ABI = 2
 
 
 def _library_dir() -> _pathlib.Path:
@@ -83,6 +83,11 @@ class Library:
     def version(self) -> str:
         """llama.cpp's own version of this library."""
         return str(ffi.string(self.lib.llama_version()).decode())
+
+    @property
+    def compiler(self) -> str:
+        """Name and version of the compiler that built this library."""
+        return str(ffi.string(self.lib.ds4_mtp_compiler()).decode())
 
     @property
     def system_info(self) -> str:

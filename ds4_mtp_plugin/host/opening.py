@@ -17,7 +17,7 @@ import llama_cpp
 
 from ..draft import MAX_PRED_TOKENS, MtpDraft, gate, in_use
 from ..engine import Context, EngineError, Model, ffi
-from ..gguf_file import check_pair
+from ..gguf import check_pair
 from ..settings import current as settings
 from ..speculation import CommonSpeculative, MtpDrafter
 from .contract import ContextParams, Llama

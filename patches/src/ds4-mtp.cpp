@@ -9,6 +9,19 @@
 #include <cstring>
 #include <exception>
 
+#define DS4_MTP_STRING_(x) #x
+#define DS4_MTP_STRING(x)  DS4_MTP_STRING_(x)
+
+#if defined(__clang__) // first: it defines __GNUC__ and, on Windows, _MSC_VER too
+#define DS4_MTP_COMPILER __VERSION__
+#elif defined(__GNUC__)
+#define DS4_MTP_COMPILER "GCC " __VERSION__
+#elif defined(_MSC_FULL_VER)
+#define DS4_MTP_COMPILER "MSVC " DS4_MTP_STRING(_MSC_FULL_VER)
+#else
+#define DS4_MTP_COMPILER "an unknown compiler"
+#endif
+
 extern "C" {
 
 int32_t ds4_mtp_abi(void) {
@@ -17,6 +30,10 @@ int32_t ds4_mtp_abi(void) {
 
 const char * ds4_mtp_patchset(void) {
     return DS4_MTP_PATCHSET;
+}
+
+const char * ds4_mtp_compiler(void) {
+    return DS4_MTP_COMPILER;
 }
 
 size_t ds4_mtp_sizeof(int32_t which) {

@@ -13,11 +13,13 @@ extern "C" {
 #endif
 
 // Raised when a declaration below changes in a way that an older binding would misread.
-#define DS4_MTP_ABI 1
+#define DS4_MTP_ABI 2
 
 LLAMA_API int32_t      ds4_mtp_abi(void);
 // A hash over this patch set (its diffs and sources), for reports and for telling stale builds.
 LLAMA_API const char * ds4_mtp_patchset(void);
+// Name and version of the compiler that built this library, for reports.
+LLAMA_API const char * ds4_mtp_compiler(void);
 
 enum ds4_mtp_struct {
     DS4_MTP_STRUCT_MODEL_PARAMS   = 0,
