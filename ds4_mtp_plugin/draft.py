@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from llama_cpp.llama_speculative import LlamaDraftModel
 
+from . import options
 from .gguf import check_head
 from .settings import current
 from .speculation import CommonSpeculative, Gate
@@ -20,6 +21,14 @@ __all__ = ["MAX_PRED_TOKENS", "MtpDraft", "attach", "detach", "gate", "in_use"]
 
 # The greatest depth there is (ds4 has the same bound); one block trained for one step pays for far fewer.
 MAX_PRED_TOKENS = 16
+
+# The engine's GGML_MAX_N_THREADS, behind which it aborts.
+_MAX_THREADS = 512
+
+_OPTIONS = (
+    *("model_path", "num_pred_tokens", "exact", "p_min", "margin", "n_gpu_layers", "n_threads", "n_threads_batch"),
+    "report",
+)
 
 
 class MtpDraft(LlamaDraftModel):  # type: ignore[misc, unused-ignore]
@@ -39,9 +48,9 @@ class MtpDraft(LlamaDraftModel):  # type: ignore[misc, unused-ignore]
 
     def __init__(
         self,
-        model_path: str | os.PathLike[str],
+        model_path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
         *,
-        num_pred_tokens: int = 2,
+        num_pred_tokens: int | None = 2,
         exact: bool | None = None,
         p_min: float = 0.0,
         margin: float | None = None,
@@ -52,17 +61,17 @@ class MtpDraft(LlamaDraftModel):  # type: ignore[misc, unused-ignore]
     ) -> None:
         """
         Args:
-            model_path: an MTP GGUF of the target model (``nextn_predict_layers`` 1, no trunk).
-            num_pred_tokens: the number of tokens drafted a cycle; 0 drafts none. Lowered where the target's
-                micro-batch or the context has no room for as many, and to 16.
+            model_path: an MTP GGUF of the target model (``nextn_predict_layers`` 1, no trunk). "~" is the user's home.
+            num_pred_tokens: the number of tokens drafted per cycle; 0 drafts none, None is the default. Lowered where
+                the target's micro-batch or the context has no room for as many, and to 16.
             exact: True for the bytes of plain decoding, or a ValueError from the Llama that says why they cannot be
                 promised there. None and False ask for no promise: text is exact wherever the engine can be at no cost,
                 on x86-64 CPUs, and near-greedy elsewhere; ``stats.exact`` says which.
             p_min: end a draft before the first token whose probability is less, 0 to 1.
             margin: end a draft before the first token that leads the second best logit by less; None or 0 for no gate.
             n_gpu_layers: layers of the head on the GPU, -1 all; None as the target's.
-            n_threads: threads for single-row decodes of the head; None as the target's.
-            n_threads_batch: threads for decodes of more rows; None as the target's.
+            n_threads: threads for single-row decodes of the head; 1 to 512, None as the target's.
+            n_threads_batch: threads for decodes of more rows, likewise.
             report: print one line of statistics to stderr when the Llama is closed.
 
         Raises:
@@ -72,36 +81,34 @@ class MtpDraft(LlamaDraftModel):  # type: ignore[misc, unused-ignore]
             ValueError: an option is out of range, or the file's header is not that of an MTP GGUF. (Whether it belongs
                 to a model is checked when a Llama takes the draft, before that loads anything.)
         """
-        path = Path(model_path)
+        path = options.path(model_path)
         if not path.is_file():
             found = "it is a directory" if path.is_dir() else "no such file"
             raise FileNotFoundError(f"MtpDraft: {path}: {found}; expected an MTP GGUF file")
-        for name, number in (
-            ("num_pred_tokens", num_pred_tokens),
-            ("n_gpu_layers", n_gpu_layers),
-            ("n_threads", n_threads),
-            ("n_threads_batch", n_threads_batch),
-        ):
-            if number is not None and not isinstance(number, int):
-                raise TypeError(f"MtpDraft: {name} is {number!r}, expected an integer")
-        if num_pred_tokens < 0:
-            raise ValueError(f"MtpDraft: num_pred_tokens is {num_pred_tokens}, expected 0 or more")
-        if not 0 <= p_min <= 1:
-            raise ValueError(f"MtpDraft: p_min is {p_min}, expected a probability, 0 to 1")
-        if margin is not None and not margin >= 0:
-            raise ValueError(f"MtpDraft: margin is {margin}, expected 0 or more")
-        check_head(path)
         self.model_path = str(path)
-        self.num_pred_tokens = num_pred_tokens
-        self.exact = exact
-        self.p_min = p_min
-        self.margin = margin
-        self.n_gpu_layers = n_gpu_layers
-        self.n_threads = n_threads
-        self.n_threads_batch = n_threads_batch
-        self.report = report
+        self.num_pred_tokens = 2 if num_pred_tokens is None else options.integer("num_pred_tokens", num_pred_tokens, 0)
+        self.exact = None if exact is None else options.flag("exact", exact)
+        self.p_min = options.real("p_min", p_min, "a probability, 0 to 1", most=1)
+        self.margin = None if margin is None else options.real("margin", margin, "a number of 0 or more")
+        self.n_gpu_layers = None if n_gpu_layers is None else options.integer("n_gpu_layers", n_gpu_layers, -1)
+        self.n_threads, self.n_threads_batch = (
+            None if value is None else options.integer(name, value, 1, _MAX_THREADS)
+            for name, value in (("n_threads", n_threads), ("n_threads_batch", n_threads_batch))
+        )
+        self.report = options.flag("report", report)
+        check_head(path)
         self._spec: CommonSpeculative | None = None
         self._last_stats = MtpStats()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _OPTIONS and name in vars(self):
+            raise AttributeError(f"MtpDraft.{name} is fixed: make another MtpDraft, and another Llama with it")
+        super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        defaults = {name: each.default for name, each in inspect.signature(MtpDraft).parameters.items()}
+        given = (f", {name}={vars(self)[name]!r}" for name in _OPTIONS[1:] if vars(self)[name] != defaults[name])
+        return f"MtpDraft({self.model_path!r}{''.join(given)})"
 
     @property
     def stats(self) -> MtpStats:

@@ -1,36 +1,47 @@
-"""Show what is installed, which engine the host runs on, and what files are.
+"""Show what is installed, which engine the host runs on, whether it works here, and what files are.
 
-Of a FILE it says what it holds; of two, whether the one is the other's MTP head. Nothing is loaded. It works where
-importing the package fails, and says why that is.
+The small model that comes along is decoded in a process of its own. Of a FILE it says what it holds; of several, which
+head belongs to which model. They are not loaded. It works where importing the package fails, and says why that is.
 """
 
 from __future__ import annotations
 
-import argparse as _argparse
-import importlib.metadata as _metadata
-import importlib.util as _util
-import os as _os
-import pathlib as _pathlib
-import platform as _platform
-import typing as _t
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-import ds4_mtp_plugin as _package
+import ds4_mtp_plugin
 
-from .. import gguf as _gguf
-from ..settings import Settings as _Settings
+from .. import gguf
+from ..settings import Settings
 
-HELP = "what is installed, and whether files fit together"
+__all__ = ["HELP", "add_arguments", "do", "host_folder"]
+
+HELP = "what is installed, whether it works here, and whether files fit together"
+
+EXITS = {0: "all is well", 1: "something is wrong: each finding is a line 'wrong: ...'"}
 
 _NAMES = ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB")
 _PREFIX = "DS4_MTP_"
 
+# Kernels for AVX2, which all CPUs of the last ten years have. Tried: it avoids the crash of AMX's kernels as GCC 12
+# compiles them without our patch.
+_CAUTIOUS = "CMAKE_ARGS='-DGGML_NATIVE=OFF' pip install --no-cache-dir --force-reinstall --no-deps ."
 
-def add_arguments(parser: _argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="*", metavar="FILE", help="GGUF files: a model, an MTP head, or both")
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="*", metavar="FILE", help="GGUF files: models, MTP heads, or both")
 
 
-def do(args: _argparse.Namespace) -> int:
-    wrong = [*_software(), *_environment(), *_files(args.files)]
+def do(args: argparse.Namespace) -> int:
+    wrong = [*_software(), *_environment(), *_decodes(), *_files(args.files)]
     print()
     for what in wrong:
         print(f"wrong: {what}")
@@ -39,51 +50,53 @@ def do(args: _argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def host_folder() -> _pathlib.Path | None:
+def host_folder() -> Path | None:
     """Where the host's package is, without importing it; None where there is none."""
     try:
-        spec = _util.find_spec("llama_cpp")
+        spec = importlib.util.find_spec("llama_cpp")
     except (ImportError, ValueError):
         return None
-    return None if spec is None or spec.origin is None else _pathlib.Path(spec.origin).parent
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
 
 def _say(name: str, value: object) -> None:
     print(f"{name:<18} {value}")
 
 
-def _software() -> _t.Iterator[str]:
+def _software() -> Iterator[str]:
     """Print what is there; yield what is wrong with it."""
-    _say("python", f"{_platform.python_version()}, {_platform.system()} {_platform.machine()}")
-    _say("ds4-mtp-plugin", f"{_package.__version__} in {_pathlib.Path(_package.__file__).parent}")
+    _say("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
+    _say("ds4-mtp-plugin", f"{ds4_mtp_plugin.__version__} in {Path(ds4_mtp_plugin.__file__).parent}")
     host = host_folder()
     for name in ("llama-cpp-python", "cffi", "numpy"):
         try:
-            version = _metadata.version(name)
-        except _metadata.PackageNotFoundError:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
             version = "not installed"
         _say(name, f"{version} in {host}" if name == "llama-cpp-python" and host else version)
-    if _package.import_error is not None:
-        yield str(_package.import_error)
+    if ds4_mtp_plugin.import_error is not None:
+        yield str(ds4_mtp_plugin.import_error)
     try:
         _engine(host)
     except ImportError as err:
-        if str(err) != str(_package.import_error):
+        if str(err) != str(ds4_mtp_plugin.import_error):
             yield str(err)
 
 
-def _engine(host: _pathlib.Path | None) -> None:
+def _engine(host: Path | None) -> None:
     """Print what there is to say of the engine; ImportError where it is not this package's."""
     from ..engine import LIBRARY_DIR, Library
+    from ..engine.cpu import cpu
 
-    if _package.import_error is None:
+    _say("cpu", cpu())
+    if "llama_cpp.llama_cpp" in sys.modules:
         from ..host import library_path
 
-        path = _pathlib.Path(library_path())
+        path = Path(library_path())
     else:
-        # What the host would load, or did.
-        given = _os.environ.get("LLAMA_CPP_LIB_PATH")
-        folder = _pathlib.Path(given) if given is not None else LIBRARY_DIR if host is None else host / "lib"
+        # What the host would load.
+        given = os.environ.get("LLAMA_CPP_LIB_PATH")
+        folder = Path(given) if given is not None else LIBRARY_DIR
         found = sorted(path for path in folder.glob("*llama.*") if path.suffix in (".so", ".dylib", ".dll"))
         if not found:
             _say("engine", f"no libllama in {folder}")
@@ -95,18 +108,19 @@ def _engine(host: _pathlib.Path | None) -> None:
         _say("", f"'ds4-mtp install-engine' placed a copy in {host / 'lib'}")
     _say("patch set", library.patchset)
     _say("llama.cpp", library.version)
+    _say("compiler", library.compiler)
     _say("system", library.system_info.strip())
-    folder = _pathlib.Path(_os.environ.get("MTMD_CPP_LIB", (host or path.parent) / "lib"))
+    folder = Path(os.environ.get("MTMD_CPP_LIB", path.parent))
     mtmd = sorted(folder.glob("*mtmd.*"))
     _say("libmtmd", mtmd[0] if mtmd else f"not in {folder} (images and sound need it, text does not)")
 
 
-def _environment() -> _t.Iterator[str]:
-    names = [*_NAMES, *sorted(name for name in _os.environ if name.startswith(_PREFIX))]
+def _environment() -> Iterator[str]:
+    names = [*_NAMES, *sorted(name for name in os.environ if name.startswith(_PREFIX))]
     for name in names:
-        _say(name, _os.environ.get(name, "not set"))
+        _say(name, os.environ.get(name, "not set"))
     try:
-        settings = _Settings.of(_os.environ)
+        settings = Settings.of(os.environ)
     except ValueError as err:
         yield str(err)
     else:
@@ -114,38 +128,70 @@ def _environment() -> _t.Iterator[str]:
             print("speculation is off: DS4_MTP_SPEC_DISABLE is set")
 
 
-def _files(paths: _t.Sequence[str]) -> _t.Iterator[str]:
-    models: list[_gguf.Model] = []
+def _decodes() -> Iterator[str]:
+    """Whether the engine decodes here; in a child, which it may end."""
+    if ds4_mtp_plugin.import_error is not None:
+        return
+    from ..engine.cpu import cpu
+    from ..host.library import current
+
+    command = [sys.executable, "-m", f"{__package__}.decode_check"]
+    search = os.pathsep.join([str(Path(ds4_mtp_plugin.__file__).parent.parent), *sys.path])
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": search})
+    if done.returncode == 0:
+        _say("decoding", "works: single rows, verifies and prompts of the small model")
+        return
+    lines = done.stderr.strip().splitlines() or ["without a word"]
+    if done.returncode > 0:
+        _say("decoding", "fails")
+        yield f"the engine cannot decode the small model here: {lines[-1]}"
+        return
+    name = signal.Signals(-done.returncode).name
+    _say("decoding", f"crashes ({name})")
+    yield (
+        f"the engine crashed with {name} while it decoded the small model. CPU: {cpu()}. Compiler: "
+        f"{current().compiler}. Build it with kernels that every CPU has, in the plugin's source: {_CAUTIOUS}. "
+        "Please report it with this output"
+    )
+
+
+def _files(paths: Sequence[str]) -> Iterator[str]:
+    bases: list[gguf.Model] = []
+    heads: list[gguf.Model] = []
     for path in paths:
         try:
-            models.append(_gguf.read_model(path))
+            model = gguf.read_model(path)
         except (OSError, ValueError) as err:
             yield str(err)
             continue
-        _describe(path, models[-1])
+        _describe(path, model)
+        is_base = model.kind in (gguf.TRUNK, gguf.TRUNK_AND_HEAD)
         try:
-            if models[-1].kind in (_gguf.TRUNK, _gguf.TRUNK_AND_HEAD):
-                _gguf.check_base(path)
-            else:
-                _gguf.check_head(path)
-        except ValueError as err:
-            models.pop()
-            yield str(err)
-    if len(paths) == 2 and len(models) == 2:
-        # The head may come first.
-        base, head = sorted(models, key=lambda model: model.kind == _gguf.HEAD)
-        try:
-            _gguf.check_pair(base.path, head.path)
+            (gguf.check_base if is_base else gguf.check_head)(path)
         except ValueError as err:
             yield str(err)
         else:
-            print(f"\n{head.path} belongs to {base.path}")
+            (bases if is_base else heads).append(model)
+    if len(bases) + len(heads) > 1 and not (bases and heads):
+        yield f"of these files none is {gguf.TRUNK if heads else gguf.HEAD}: there is no pair to check"
+    # A head that belongs to one of the models need not belong to the others.
+    for head in heads:
+        misfits: list[str] = []
+        for base in bases:
+            try:
+                gguf.check_pair(base.path, head.path)
+            except ValueError as err:
+                misfits.append(str(err))
+            else:
+                print(f"\n{head.path} belongs to {base.path}")
+        if bases and len(misfits) == len(bases):
+            yield from misfits
 
 
-def _describe(path: str, model: _gguf.Model) -> None:
+def _describe(path: str, model: gguf.Model) -> None:
     print(f"\n{path}: {model.kind}" + (f" of architecture {model.architecture}" if model.architecture else ""))
     layers = model.n_layer
-    if layers is not None and model.kind == _gguf.HEAD:
+    if layers is not None and model.kind == gguf.HEAD:
         print(f"  on top of {layers} layers")
     elif layers is not None:
         print(f"  {layers} layers")

@@ -195,8 +195,8 @@ def _parse(path: str, data: mmap.mmap) -> Header:
     if version & 0xFFFF == 0:
         other = "big" if sys.byteorder == "little" else "little"
         raise ValueError(
-            f"{path} is a GGUF in {other}-endian byte order; expected {sys.byteorder}-endian, as this machine is: convert "
-            "the checkpoint for it"
+            f"{path} is a GGUF in {other}-endian byte order; expected {sys.byteorder}-endian, as this machine is: "
+            "convert the checkpoint for it"
         )
     if version not in (2, 3):
         raise ValueError(f"{path} is of GGUF version {version}; expected 2 or 3: convert the checkpoint again")
@@ -241,9 +241,8 @@ def _parse(path: str, data: mmap.mmap) -> Header:
         name = string()
         n_dims = number("I")
         if name in tensors or n_dims > 4:
-            raise damaged(
-                f"the tensor {shown(name)!r} {f'has {n_dims} dimensions; expected up to 4' if n_dims > 4 else 'comes twice'}"
-            )
+            what = f"has {n_dims} dimensions; expected up to 4" if n_dims > 4 else "comes twice"
+            raise damaged(f"the tensor {shown(name)!r} {what}")
         shape = tuple(number("Q") for _ in range(n_dims))
         kind, offset = number("I"), number("Q")
         # The engine refuses a type that is unknown here.

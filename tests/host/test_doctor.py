@@ -17,7 +17,8 @@ import ds4_mtp_plugin
 from ds4_mtp_plugin import cli
 from ds4_mtp_plugin import host as plugin_host
 from ds4_mtp_plugin.engine import Library
-from tests.fixtures.planted import SMALL, Planted
+from ds4_mtp_plugin.engine.cpu import cpu
+from tests.fixtures.planted import SMALL, TINY, Planted
 
 Plant = Callable[..., Planted]
 
@@ -50,6 +51,8 @@ def test_what_is_installed_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines["engine"] == library.path
     assert (lines["patch set"], lines["llama.cpp"]) == (library.patchset, library.version)
     assert "CPU" in lines["system"]
+    assert (lines["cpu"], lines["compiler"]) == (str(cpu()), library.compiler)
+    assert lines["decoding"].startswith("works")
     assert lines["libmtmd"]
     assert out.endswith("all well\n")
 
@@ -107,8 +110,8 @@ def test_files_that_do_not_fit_are_wrong(plant: Plant, tmp_path: Path, capsys: p
     for argv, why in (
         ([files.trunk, other.mtp], f"wrong: {other.mtp} does not belong to {files.trunk}: vocabulary 2048"),
         ([other.mtp, files.trunk], f"wrong: {other.mtp} does not belong to {files.trunk}: vocabulary 2048"),
-        ([files.trunk, files.trunk], f"wrong: {files.trunk} has no MTP (NextN) block"),
-        ([files.mtp, files.mtp], f"wrong: {files.mtp} is an MTP head; expected the model"),
+        ([files.trunk, files.trunk], "wrong: of these files none is an MTP head"),
+        ([files.mtp, files.mtp], "wrong: of these files none is a model"),
         ([page], f"wrong: {page} is a web page"),
         ([files.mtp, page], f"wrong: {page} is a web page"),
         ([dspark], f"wrong: {dspark} is a DSpark or DFlash head"),
@@ -176,3 +179,44 @@ def test_what_does_not_work_says_why_where_it_is_used(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
         assert (done.returncode, done.stdout) == (1, "0\n"), argv0
         assert done.stderr.splitlines()[-1].startswith("ImportError: llama_cpp could not load its library")
+
+
+def test_an_engine_that_crashes_is_said(tmp_path: Path) -> None:
+    """Here a child that the doctor starts is ended by the signal that a CPU gives for an instruction it has not."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "if 'ds4_mtp_plugin.cli.decode_check' in sys.orig_argv:\n"
+        "    from ds4_mtp_plugin import engine\n"
+        "    engine.Context.decode = lambda *_: os.kill(os.getpid(), signal.SIGILL)\n"
+    )
+    library = Library(plugin_host.library_path())
+    done = ds4_mtp("doctor", PYTHONPATH=os.pathsep.join([str(tmp_path), os.getcwd()]))
+    assert done.returncode == 1
+    assert "decoding           crashes (SIGILL)" in done.stdout
+    finding = next(line for line in done.stdout.splitlines() if line.startswith("wrong: "))
+    for part in ("crashed with SIGILL", cpu().name, library.compiler, "-DGGML_NATIVE=OFF"):
+        assert part in finding
+
+
+def test_an_engine_that_fails_is_said(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'ds4_mtp_plugin.cli.decode_check' in sys.orig_argv:\n"
+        "    from ds4_mtp_plugin import engine\n"
+        "    def decode(*_): raise engine.DecodeError('injected', -3)\n"
+        "    engine.Context.decode = decode\n"
+    )
+    done = ds4_mtp("doctor", PYTHONPATH=os.pathsep.join([str(tmp_path), os.getcwd()]))
+    assert done.returncode == 1
+    assert "wrong: the engine cannot decode the small model here: " in done.stdout and "returned -3" in done.stdout
+
+
+def test_every_pair_of_several_files_is_checked(plant: Plant, capsys: pytest.CaptureFixture[str]) -> None:
+    small, tiny = plant(config=SMALL), plant(config=TINY)
+    assert cli.main(["doctor", str(small.mtp), str(tiny.trunk), str(small.trunk), str(tiny.mtp)]) == 0
+    out = capsys.readouterr().out
+    assert f"{small.mtp} belongs to {small.trunk}" in out and f"{tiny.mtp} belongs to {tiny.trunk}" in out
+    assert cli.main(["doctor", str(small.mtp), str(tiny.trunk), str(tiny.mtp)]) == 1
+    out = capsys.readouterr().out
+    assert f"{tiny.mtp} belongs to {tiny.trunk}" in out
+    assert f"wrong: {small.mtp} does not belong to {tiny.trunk}" in out

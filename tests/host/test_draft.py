@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
 import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -30,14 +32,67 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         MtpDraft(tmp_path)
 
 
-def test_options_are_checked(plant: Plant) -> None:
-    with pytest.raises(ValueError, match="num_pred_tokens is -1"):
-        MtpDraft(plant().mtp, num_pred_tokens=-1)
-    with pytest.raises(TypeError, match="num_pred_tokens is 2.5, expected an integer"):
-        MtpDraft(plant().mtp, num_pred_tokens=2.5)  # type: ignore[arg-type]
-    for name in ("n_gpu_layers", "n_threads", "n_threads_batch"):
-        with pytest.raises(TypeError, match=f"{name} is '1', expected an integer"):
-            MtpDraft(plant().mtp, **{name: "1"})  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("option", "value", "error", "message"),
+    [
+        ("num_pred_tokens", -1, ValueError, "num_pred_tokens is -1, expected 0 or more"),
+        ("num_pred_tokens", 2.5, TypeError, "num_pred_tokens is 2.5, expected an integer"),
+        ("num_pred_tokens", True, TypeError, "num_pred_tokens is True, expected an integer"),
+        ("p_min", "0.5", TypeError, "p_min is '0.5', expected a probability, 0 to 1"),
+        ("p_min", 1.5, ValueError, "p_min is 1.5, expected a probability, 0 to 1"),
+        ("p_min", float("nan"), ValueError, "p_min is nan, expected a probability"),
+        ("margin", "x", TypeError, "margin is 'x', expected a number of 0 or more"),
+        ("margin", -1, ValueError, "margin is -1, expected a number of 0 or more"),
+        ("exact", "yes", TypeError, "exact is 'yes', expected True or False"),
+        ("report", 1, TypeError, "report is 1, expected True or False"),
+        ("n_gpu_layers", "1", TypeError, "n_gpu_layers is '1', expected an integer"),
+        ("n_gpu_layers", -2, ValueError, "n_gpu_layers is -2, expected -1 or more"),
+        ("n_threads", -3, ValueError, "n_threads is -3, expected 1 to 512"),
+        ("n_threads", 0, ValueError, "n_threads is 0, expected 1 to 512"),
+        ("n_threads_batch", 10000, ValueError, "n_threads_batch is 10000, expected 1 to 512"),
+        ("n_threads_batch", 1.0, TypeError, "n_threads_batch is 1.0, expected an integer"),
+        ("model_path", 5, TypeError, "model_path is 5, expected the path of an MTP GGUF"),
+        ("model_path", "a\0b", FileNotFoundError, "no such file"),
+    ],
+)
+def test_options_are_checked(plant: Plant, option: str, value: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^MtpDraft: .*{message}"):
+        MtpDraft(**{"model_path": plant().mtp, option: value})
+
+
+def test_options_of_other_types_are_taken_for_what_they_are(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    head = plant().mtp
+    draft = MtpDraft(os.fsencode(head), num_pred_tokens=np.int64(3), p_min=np.float32(0.5), margin=1)
+    assert (draft.model_path, draft.num_pred_tokens, draft.p_min, draft.margin) == (str(head), 3, 0.5, 1.0)
+    assert type(draft.num_pred_tokens) is int and type(draft.p_min) is type(draft.margin) is float
+    assert MtpDraft(head, num_pred_tokens=None).num_pred_tokens == 2
+    monkeypatch.setenv("HOME", str(head.parent))
+    assert MtpDraft(f"~/{head.name}").model_path == str(head)
+
+
+def test_a_relative_path_stays_what_it_was(
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = plant()
+    monkeypatch.chdir(files.mtp.parent)
+    draft = MtpDraft(files.mtp.name)
+    monkeypatch.chdir(tmp_path)
+    assert len(generate(llama(files.trunk, draft_model=pickle.loads(pickle.dumps(draft))), [300], 5)) == 5
+    assert draft.model_path == str(files.mtp)
+
+
+def test_options_are_fixed_and_shown(plant: Plant) -> None:
+    head = plant().mtp
+    assert repr(MtpDraft(head)) == f"MtpDraft({str(head)!r})"
+    draft = MtpDraft(head, num_pred_tokens=3, margin=2.0)
+    assert repr(draft) == f"MtpDraft({str(head)!r}, num_pred_tokens=3, margin=2.0)"
+    for name in ("model_path", "num_pred_tokens", "p_min", "report"):
+        with pytest.raises(AttributeError, match=f"MtpDraft.{name} is fixed: make another MtpDraft"):
+            setattr(draft, name, 1)
+    for twin in (copy.copy(draft), copy.deepcopy(draft), pickle.loads(pickle.dumps(draft))):
+        assert repr(twin) == repr(draft)
 
 
 def test_a_trunk_is_not_a_head(llama: Make, plant: Plant) -> None:

@@ -523,9 +523,7 @@ def test_an_override_that_the_engine_would_abort_on_is_refused(trunk: Path, head
 
 
 def test_what_is_overridden_for_both_files_differs_no_more(trunk: Path, head: Path) -> None:
-    """A head with another value than its model's is refused, but for a value that replaces both."""
-    key = "deepseek4.rope.freq_base"
-    base, top = files.read_header(trunk), files.read_header(head)
-    assert base.metadata.get(key) == top.metadata.get(key)
-    files.check_pair(trunk, head, {key: 5000.0})
-    files.check_pair(trunk, head, {"deepseek4.attention.layer_norm_rms_epsilon": 1e-5})
+    with_tensors(head, **{"attention.value_length": 16})
+    overrides = {"deepseek4.attention.value_length": 32}
+    refused(files.check_pair, trunk, head, match="value_length is 16, expected 32")
+    files.check_pair(trunk, head, overrides)

@@ -1,0 +1,65 @@
+"""Checks of the options that an app passes: what is wrong is said with the option's name."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+import os
+from pathlib import Path
+from typing import Any
+
+__all__ = ["flag", "integer", "path", "real"]
+
+
+def path(value: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> Path:
+    """An absolute path, so that it means the same file after a chdir; "~" is the user's home."""
+    try:
+        return Path(os.path.abspath(os.path.expanduser(os.fsdecode(value))))
+    except (TypeError, ValueError):
+        raise TypeError(f"MtpDraft: model_path is {value!r}, expected the path of an MTP GGUF") from None
+
+
+def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """
+    Raises:
+        TypeError: `value` is no integer (numpy's are).
+        ValueError: it is below `least` or above `most`.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"MtpDraft: {name} is {value!r}, expected an integer") from None
+    if number < least or (most is not None and number > most):
+        limits = f"{least} or more" if most is None else f"{least} to {most}"
+        raise ValueError(f"MtpDraft: {name} is {number}, expected {limits}")
+    return number
+
+
+def real(name: str, value: Any, what: str, most: float = math.inf) -> float:
+    """
+    Args:
+        what: what is expected, for the message.
+
+    Raises:
+        TypeError: `value` is no number.
+        ValueError: it is not from 0 to `most`.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"MtpDraft: {name} is {value!r}, expected {what}")
+    number = float(value)
+    if not 0 <= number <= most:
+        raise ValueError(f"MtpDraft: {name} is {number:g}, expected {what}")
+    return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """
+    Raises:
+        TypeError: `value` is neither True nor False.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"MtpDraft: {name} is {value!r}, expected True or False")
+    return value
