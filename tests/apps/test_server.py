@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,7 +185,11 @@ def test_models_of_a_config_file(command: list[str], tmp_path: Path, plain: list
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
-        (["-m", str(BASE), "--mtp", "missing.gguf"], 1, "ds4-mtp serve: MtpDraft: missing.gguf: no such file"),
+        (
+            ["-m", str(BASE), "--mtp", "missing.gguf"],
+            1,
+            f"ds4-mtp serve: MtpDraft: {Path.cwd() / 'missing.gguf'}: no such file",
+        ),
         (["-m", str(BASE), "--mtp", str(BASE)], 1, f"ds4-mtp serve: {BASE} has no MTP"),
         (["-m", str(BASE), "--mtp", "head.bin"], 1, "ds4-mtp serve: --mtp head.bin: the server takes"),
         (["-m", str(BASE), "-k", "3"], 1, "ds4-mtp serve: -k is of the head that --mtp names"),
@@ -195,3 +200,25 @@ def test_what_does_not_fit_is_said(options: list[str], status: int, message: str
     command = [sys.executable, *DS4_MTP, "serve", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment())
     assert (done.returncode, done.stderr[: len(message)]) == (status, message)
+
+
+def test_twelve_at_once_get_what_each_gets_alone(tmp_path: Path) -> None:
+    """The host's server evaluates one request at a time. Told not to interrupt streams, it lets the others wait."""
+    prompts = [f"def f{i}(x):" for i in range(12)]
+    answers = []
+    for name, command in (("plain", PLAIN), ("drafted", SERVE)):
+        folder = tmp_path / name
+        folder.mkdir()
+        with serving(folder, *command, *SETTINGS, "--interrupt_requests", "false") as server:
+            create: Any = server.client.completions.create
+
+            def ask(prompt: str, stream: bool, create: Any = create) -> str:
+                answer = create(model="any", prompt=prompt, max_tokens=40, temperature=0.0, stream=stream)
+                choices = [chunk.choices[0] for chunk in (answer if stream else [answer])]
+                assert choices[-1].finish_reason in ("length", "stop")
+                return "".join(choice.text for choice in choices)
+
+            answers.append([ask(prompt, False) for prompt in prompts])
+            with ThreadPoolExecutor(12) as pool:
+                answers.append(list(pool.map(ask, prompts, [i % 2 == 0 for i in range(12)])))
+    assert answers[1:] == [answers[0]] * 3
