@@ -172,9 +172,13 @@ def _files(paths: Sequence[str]) -> Iterator[str]:
             yield str(err)
         else:
             (bases if is_base else heads).append(model)
+    yield from _pairs(bases, heads)
+
+
+def _pairs(bases: Sequence[gguf.Model], heads: Sequence[gguf.Model]) -> Iterator[str]:
+    """Print which head belongs to which model; yield what belongs to none."""
     if len(bases) + len(heads) > 1 and not (bases and heads):
         yield f"of these files none is {gguf.TRUNK if heads else gguf.HEAD}: there is no pair to check"
-    # A head that belongs to one of the models need not belong to the others.
     for head in heads:
         misfits: list[str] = []
         for base in bases:

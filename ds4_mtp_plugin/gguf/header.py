@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import math
 import mmap
 import os
 import re
@@ -170,28 +171,48 @@ def _read_as_of(path: str, n_bytes: int, modified: int) -> Header:
             ) from None
 
 
-def _parse(path: str, data: mmap.mmap) -> Header:
-    def damaged(what: str) -> ValueError:
-        return ValueError(f"{path} is damaged: {what}; download or copy it again")
+class _Reader:
+    """Reads a header from front to back; struct.error where the file ends."""
 
-    at = 4
+    def __init__(self, path: str, data: mmap.mmap) -> None:
+        self.path = path
+        self.data = data
+        self.at = 4  # behind the magic
 
-    def number(code: str) -> Any:
-        nonlocal at
-        (result,) = struct.unpack_from("=" + code, data, at)
-        at += struct.calcsize("=" + code)
+    def number(self, code: str) -> Any:
+        (result,) = struct.unpack_from("=" + code, self.data, self.at)
+        self.at += struct.calcsize("=" + code)
         return result
 
-    def string() -> str:
-        nonlocal at
-        n = number("Q")
-        if n > len(data) - at:
+    def string(self) -> str:
+        n = self.number("Q")
+        if n > len(self.data) - self.at:
             raise struct.error
-        result = data[at : at + n].decode("utf-8", "replace")
-        at += n
+        self.at += n
+        return self.data[self.at - n : self.at].decode("utf-8", "replace")
+
+    def strings(self, n: int) -> bytes:
+        """The bytes of n strings, which are stepped over."""
+        length, first, at = struct.Struct("=Q").unpack_from, self.at, self.at
+        for _ in range(n):
+            at += 8 + length(self.data, at)[0]
+        self.at = at
+        return self.data[first:at]
+
+    def numbers(self, code: str, n: int) -> tuple[int | float | bool, ...] | None:
+        """An array of n numbers; None for a long one, which is stepped over."""
+        kept = n <= _LONGEST_ARRAY_KEPT
+        result = struct.unpack_from(f"={n}{code}", self.data, self.at) if kept else None
+        self.at += n * struct.calcsize("=" + code)
         return result
 
-    version = number("I")
+    def damaged(self, what: str) -> ValueError:
+        return ValueError(f"{self.path} is damaged: {what}; download or copy it again")
+
+
+def _parse(path: str, data: mmap.mmap) -> Header:
+    reader = _Reader(path, data)
+    version = reader.number("I")
     if version & 0xFFFF == 0:
         other = "big" if sys.byteorder == "little" else "little"
         raise ValueError(
@@ -200,66 +221,59 @@ def _parse(path: str, data: mmap.mmap) -> Header:
         )
     if version not in (2, 3):
         raise ValueError(f"{path} is of GGUF version {version}; expected 2 or 3: convert the checkpoint again")
-    n_tensors, n_keys = number("Q"), number("Q")
-
-    metadata: dict[str, Value] = {}
-    lengths: dict[str, int] = {}
-    vocabulary = ""
+    n_tensors, n_keys = reader.number("Q"), reader.number("Q")
+    header = Header(path, {}, {}, {}, {}, "", len(data))
     for _ in range(n_keys):
-        key = string()
-        if not key or key in metadata or key in lengths:
-            raise damaged(f"the key {shown(key)!r} comes twice" if key else "a key has no name")
-        kind = number("I")
-        if kind == _STRING:
-            metadata[key] = string()
-        elif kind in _NUMBERS:
-            metadata[key] = number(_NUMBERS[kind])
-        elif kind != _ARRAY:
-            raise damaged(f"the key {shown(key)!r} is of type {kind}; expected 0 to 12")
-        else:
-            kind, n = number("I"), number("Q")
-            lengths[key] = n
-            if kind == _STRING:
-                length = struct.Struct("=Q").unpack_from
-                first = at
-                for _ in range(n):
-                    at += 8 + length(data, at)[0]
-                if key == "tokenizer.ggml.tokens":
-                    vocabulary = hashlib.sha256(data[first:at]).hexdigest()
-            elif kind in _NUMBERS:
-                code = f"={n}{_NUMBERS[kind]}" if n <= _LONGEST_ARRAY_KEPT else ""
-                if code:
-                    metadata[key] = struct.unpack_from(code, data, at)
-                at += n * struct.calcsize("=" + _NUMBERS[kind])
-            else:
-                raise damaged(f"the key {shown(key)!r} is an array of type {kind}; expected 0 to 12, except 9")
-
-    tensors: dict[str, tuple[int, ...]] = {}
-    types: dict[str, str] = {}
-    end = 0
-    for _ in range(n_tensors):
-        name = string()
-        n_dims = number("I")
-        if name in tensors or n_dims > 4:
-            what = f"has {n_dims} dimensions; expected up to 4" if n_dims > 4 else "comes twice"
-            raise damaged(f"the tensor {shown(name)!r} {what}")
-        shape = tuple(number("Q") for _ in range(n_dims))
-        kind, offset = number("I"), number("Q")
-        # The engine refuses a type that is unknown here.
-        types[name], per_block, block = _BLOCKS.get(kind, (f"type {kind}", 1, 0))
-        n = 1
-        for extent in shape:
-            n *= extent
-        tensors[name] = shape
-        end = max(end, offset + n // per_block * block)
-
-    alignment = metadata.get("general.alignment", 32)
+        header = _read_key(reader, header)
+    end = max((_read_tensor(reader, header) for _ in range(n_tensors)), default=0)
+    alignment = header.metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
-        raise damaged(f"general.alignment is {shown(alignment)}; expected an integer of 1 or more")
+        raise reader.damaged(f"general.alignment is {shown(alignment)}; expected an integer of 1 or more")
     if end:
-        end += -(-at // alignment) * alignment
+        end += -(-reader.at // alignment) * alignment
     if end > len(data):
         raise ValueError(
             f"{path} is cut off: it has {len(data)} bytes and its tensors need {end}; download or copy it again"
         )
-    return Header(path, metadata, lengths, tensors, types, vocabulary, len(data))
+    return header
+
+
+def _read_key(reader: _Reader, header: Header) -> Header:
+    """The header with one key more."""
+    key = reader.string()
+    if not key or key in header.metadata or key in header.lengths:
+        raise reader.damaged(f"the key {shown(key)!r} comes twice" if key else "a key has no name")
+    kind = reader.number("I")
+    if kind == _STRING:
+        header.metadata[key] = reader.string()
+    elif kind in _NUMBERS:
+        header.metadata[key] = reader.number(_NUMBERS[kind])
+    elif kind != _ARRAY:
+        raise reader.damaged(f"the key {shown(key)!r} is of type {kind}; expected 0 to 12")
+    else:
+        kind, n = reader.number("I"), reader.number("Q")
+        header.lengths[key] = n
+        if kind == _STRING:
+            texts = reader.strings(n)
+            if key == "tokenizer.ggml.tokens":
+                return dataclasses.replace(header, vocabulary=hashlib.sha256(texts).hexdigest())
+        elif kind not in _NUMBERS:
+            raise reader.damaged(f"the key {shown(key)!r} is an array of type {kind}; expected 0 to 12, except 9")
+        elif (values := reader.numbers(_NUMBERS[kind], n)) is not None:
+            header.metadata[key] = values
+    return header
+
+
+def _read_tensor(reader: _Reader, header: Header) -> int:
+    """Add one tensor to the header; where its bytes end, from the start of the tensors' part of the file."""
+    name = reader.string()
+    n_dims = reader.number("I")
+    if name in header.tensors or n_dims > 4:
+        what = f"has {n_dims} dimensions; expected up to 4" if n_dims > 4 else "comes twice"
+        raise reader.damaged(f"the tensor {shown(name)!r} {what}")
+    shape = tuple(reader.number("Q") for _ in range(n_dims))
+    kind, offset = reader.number("I"), reader.number("Q")
+    # The engine refuses a type that is unknown here.
+    header.types[name], per_block, block = _BLOCKS.get(kind, (f"type {kind}", 1, 0))
+    header.tensors[name] = shape
+    return int(offset + math.prod(shape) // per_block * block)

@@ -49,6 +49,7 @@ class Context(Protocol):
     memory: int | None
 
     def kv_cache_clear(self) -> None: ...
+    def get_logits_ith(self, i: int) -> object: ...
 
 
 class State(Protocol):

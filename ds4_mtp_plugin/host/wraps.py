@@ -20,6 +20,7 @@ from llama_cpp.llama_cpp import llama_memory_seq_pos_max
 
 from ..draft import MtpDraft
 from . import library
+from .contract import Context, Llama, Model
 from .opening import admit, depth_in_scope, refuse_embeddings
 from .session import Session
 
@@ -30,23 +31,31 @@ _Host = Callable[..., Any]
 # Where a Llama, and its context, keep their session.
 _SESSION = "_ds4_mtp"
 
+# On a context: that it was made for drafts, and why it refuses to decode.
+_SNAPSHOTS, _REFUSAL = "_ds4_mtp_snapshots", "_ds4_mtp_refusal"
+
 # Behind the last row of any batch: the engine finds no row there.
 _NO_ROW = 1 << 30
 
 
 def session_of(owner: object) -> Session | None:
     """The session of a Llama or of its context; None where it does not draft."""
-    found: Session | None = vars(owner).get(_SESSION)
+    found: Session | None = _fields(owner).get(_SESSION)
     return found
+
+
+def _fields(owner: object) -> dict[str, Any]:
+    """The attributes of an object itself, to read and write past its class."""
+    return owner.__dict__
 
 
 # -- Llama --
 
 
-def init(host: _Host, llama: Any, *args: Any, **kwargs: Any) -> None:
-    if (before := vars(llama).pop(_SESSION, None)) is not None:  # a second __init__
+def init(host: _Host, llama: Llama, *args: object, **kwargs: object) -> None:
+    if (before := _fields(llama).pop(_SESSION, None)) is not None:  # a second __init__
         before.close()
-    vars(llama).setdefault("_stack", ExitStack())  # the host's __del__ closes it, even where this raises
+    _fields(llama).setdefault("_stack", ExitStack())  # the host's __del__ closes it, even where this raises
     admission = admit({**dict(zip(("model_path",), args)), **kwargs})
     if admission is None:
         host(llama, *args, **kwargs)
@@ -58,23 +67,23 @@ def init(host: _Host, llama: Any, *args: Any, **kwargs: Any) -> None:
         # The host takes the engine's null for an adapter, and the first decode would end the process.
         llama.close()
         raise RuntimeError(f"Failed to initialize LoRA adapter from lora path: {llama.lora_path}")
-    vars(llama)["draft_model"] = admission.draft
+    _fields(llama)["draft_model"] = admission.draft
     session = admission.open(llama)
     if session is not None:
-        vars(llama)[_SESSION] = vars(llama._ctx)[_SESSION] = session
+        _fields(llama)[_SESSION] = _fields(llama._ctx)[_SESSION] = session
 
 
-def getstate(host: _Host, llama: Any) -> dict[str, Any]:
+def getstate(host: _Host, llama: Llama) -> dict[str, Any]:
     state: dict[str, Any] = host(llama)
     if isinstance(draft := state.get("draft_model"), MtpDraft):
         state["draft_model"] = copy.copy(draft)  # what is made of the state cannot share a head with this Llama
     return state
 
 
-def reduce_ex(host: _Host, llama: Any, protocol: Any) -> Any:
+def reduce_ex(host: _Host, llama: Llama, protocol: object) -> Any:
     """Pickles name this package before the host: where they are loaded, the host has to find our library."""
     reduced = host(llama, protocol)
-    if not isinstance(reduced, tuple) or not isinstance(vars(llama).get("draft_model"), MtpDraft):
+    if not isinstance(reduced, tuple) or not isinstance(_fields(llama).get("draft_model"), MtpDraft):
         return reduced
     return new_llama, (type(llama),), *reduced[2:]
 
@@ -84,31 +93,32 @@ def new_llama(kind: type[Any]) -> Any:
     return object.__new__(kind)
 
 
-def completion(host: _Host, llama: Any, *args: Any, **kwargs: Any) -> Any:
+def completion(host: _Host, llama: Llama, *args: object, **kwargs: object) -> Any:
     chunks = host(llama, *args, **kwargs)
     session = session_of(llama)
     if session is None:
         return chunks
     wanted = kwargs.get("max_tokens")
-    return session.completion(chunks, wanted if wanted is not None and wanted > 0 else None)
+    return session.completion(chunks, wanted if isinstance(wanted, int) and wanted > 0 else None)
 
 
-def generate(host: _Host, llama: Any, *args: Any, **kwargs: Any) -> Any:
+def generate(host: _Host, llama: Llama, *args: object, **kwargs: object) -> Any:
     session = session_of(llama)
     if session is None:
         return host(llama, *args, **kwargs)
     return session.generate(llama, host(WithoutDraft(llama), *args, **kwargs))
 
 
-def evaluate(host: _Host, llama: Any, *args: Any, **kwargs: Any) -> None:
+def evaluate(host: _Host, llama: Llama, *args: object, **kwargs: object) -> None:
     session = session_of(llama)
-    if session is None or not _is_one("tokens", args, kwargs):
+    tokens = _only("tokens", args, kwargs)
+    if session is None or tokens is _NOT_ONE:
         host(llama, *args, **kwargs)
     else:
-        session.eval(llama, functools.partial(host, llama), *args, **kwargs)
+        session.eval(llama, functools.partial(host, llama), tokens)
 
 
-def reset(host: _Host, llama: Any) -> None:
+def reset(host: _Host, llama: Llama) -> None:
     session = session_of(llama)
     if session is None:
         host(llama)
@@ -116,22 +126,26 @@ def reset(host: _Host, llama: Any) -> None:
         session.reset(functools.partial(host, llama))
 
 
-def save_state(host: _Host, llama: Any) -> Any:
+def save_state(host: _Host, llama: Llama) -> Any:
     session = session_of(llama)
     return host(llama) if session is None else session.save_state(functools.partial(host, llama))
 
 
-def load_state(host: _Host, llama: Any, *args: Any, **kwargs: Any) -> None:
+def load_state(host: _Host, llama: Llama, *args: object, **kwargs: object) -> None:
     session = session_of(llama)
-    if session is None or not _is_one("state", args, kwargs):
+    state = _only("state", args, kwargs)
+    if session is None or state is _NOT_ONE:
         host(llama, *args, **kwargs)
     else:
-        session.load_state(llama, functools.partial(host, llama), *args, **kwargs)
+        session.load_state(llama, functools.partial(host, llama), state)
 
 
-def _is_one(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call has the one argument `name`; where it has not, the host raises as it does without us."""
-    return len(args) + len(kwargs) == 1 and (bool(args) or name in kwargs)
+_NOT_ONE: Any = object()
+
+
+def _only(name: str, args: Sequence[object], kwargs: Mapping[str, object]) -> Any:
+    """The one argument of a call, `name`; _NOT_ONE where there are others, so that the host raises as without us."""
+    return (args[0] if args else kwargs.get(name, _NOT_ONE)) if len(args) + len(kwargs) == 1 else _NOT_ONE
 
 
 class WithoutDraft:
@@ -157,33 +171,33 @@ class WithoutDraft:
 class DraftModel:
     """``Llama.draft_model``: a draft that would do nothing is refused, where the host would take it silently."""
 
-    def __get__(self, llama: Any, owner: type | None = None) -> Any:
+    def __get__(self, llama: Llama | None, owner: type | None = None) -> Any:
         if llama is None:
             return self
         try:
-            return vars(llama)["draft_model"]
+            return _fields(llama)["draft_model"]
         except KeyError:
             raise AttributeError("draft_model") from None
 
-    def __set__(self, llama: Any, value: object) -> None:
+    def __set__(self, llama: Llama, value: object) -> None:
         session = session_of(llama)
         if session is not None and value is not None and not session.drafts_with(value):
             raise ValueError(
                 f"draft_model is {value!r}: this Llama was made for its own MtpDraft; that, or None to draft nothing, "
                 "is all that it takes. Make another Llama for another draft"
             )
-        if session is None and isinstance(value, MtpDraft) and value is not vars(llama).get("draft_model"):
+        if session is None and isinstance(value, MtpDraft) and value is not _fields(llama).get("draft_model"):
             raise ValueError(
                 f"draft_model is {value!r}: this Llama was made without it and has no memory for drafts; pass it to "
                 "the constructor, Llama(..., draft_model=MtpDraft(...))"
             )
-        vars(llama)["draft_model"] = value
+        _fields(llama)["draft_model"] = value
 
 
 # -- LlamaContext, LlamaSampler --
 
 
-def context_init(host: _Host, context: Any, *, model: Any, params: Any, verbose: bool = True) -> None:
+def context_init(host: _Host, context: Context, *, model: Model, params: Any, verbose: bool = True) -> None:
     n_rs_seq = depth_in_scope(params)
     if n_rs_seq is None:
         host(context, model=model, params=params, verbose=verbose)
@@ -196,51 +210,51 @@ def context_init(host: _Host, context: Any, *, model: Any, params: Any, verbose:
                 raise
             params.n_rs_seq = 0  # perhaps there is memory for the context, if not for its snapshots
             host(context, model=model, params=params, verbose=verbose)
-        context._ds4_mtp_snapshots = True
+        _fields(context)[_SNAPSHOTS] = True
     if params.embeddings and (why := refuse_embeddings(model.model)):
-        context._ds4_mtp_refusal = why
+        _fields(context)[_REFUSAL] = why
 
 
-def decode(host: _Host, context: Any, batch: Any) -> None:
-    if (why := vars(context).get("_ds4_mtp_refusal")) is not None:
+def decode(host: _Host, context: Context, batch: object) -> None:
+    if (why := _fields(context).get(_REFUSAL)) is not None:
         raise RuntimeError(why)
     if (session := session_of(context)) is not None:
         session.overtake()
     host(context, batch)
 
 
-def settled(host: _Host, context: Any, *args: Any, **kwargs: Any) -> Any:
+def settled(host: _Host, context: Context, *args: object, **kwargs: object) -> Any:
     """A method that sees or changes the engine's memory, which holds the Llama's tokens and no more before it."""
     if (session := session_of(context)) is not None:
         session.settle()
     return host(context, *args, **kwargs)
 
 
-def kv_cache_seq_rm(host: _Host, context: Any, seq_id: int, p0: int, p1: int) -> bool:
+def kv_cache_seq_rm(host: _Host, context: Context, seq_id: int, p0: int, p1: int) -> bool:
     # Snapshots are for our own rollbacks. The host asks in order to keep a prompt's beginning; without a draft
     # the engine refuses that, and evaluating less than a plain run does would round otherwise than it.
     if (session := session_of(context)) is not None:
         session.settle()
-    if "_ds4_mtp_snapshots" in vars(context):
+    if _SNAPSHOTS in _fields(context):
         last = int(llama_memory_seq_pos_max(context.memory, max(seq_id, 0)))
         if 0 < p0 <= last:
             return False
     return bool(host(context, seq_id, p0, p1))
 
 
-def get_logits(host: _Host, context: Any) -> Any:
+def get_logits(host: _Host, context: Context) -> Any:
     session = session_of(context)
     row = -1 if session is None else session.output(-1)
     return host(context) if row == -1 else context.get_logits_ith(-1)
 
 
-def get_logits_ith(host: _Host, context: Any, i: int) -> Any:
+def get_logits_ith(host: _Host, context: Context, i: int) -> Any:
     session = session_of(context)
     row = i if session is None else session.output(i)
     return host(context, _NO_ROW if row is None else row)
 
 
-def sampler_sample(host: _Host, sampler: Any, ctx: Any, idx: int = -1) -> int:
+def sampler_sample(host: _Host, sampler: object, ctx: Context, idx: int = -1) -> int:
     session = session_of(ctx)
     if session is None:
         return int(host(sampler, ctx, idx))
@@ -271,7 +285,7 @@ def load_shared_library(host: _Host, lib_base_name: str, base_path: Path) -> Any
 class _Wrap(NamedTuple):
     owner: type | ModuleType
     name: str
-    ours: Callable[..., Any]
+    ours: _Host
 
 
 _Context, _Sampler = _internals.LlamaContext, _internals.LlamaSampler
@@ -332,9 +346,9 @@ def undo() -> None:
     _originals.clear()
 
 
-def _bound(original: _Host, ours: Callable[..., Any]) -> _Host:
+def _bound(original: _Host, ours: _Host) -> _Host:
     @functools.wraps(original)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def wrapped(*args: object, **kwargs: object) -> Any:
         return ours(original, *args, **kwargs)
 
     return wrapped
