@@ -95,11 +95,12 @@ def test_verify_finds_a_token_that_is_not(
 
 
 def test_a_wrong_file_is_one_line_and_exit_status_1(
-    plant: Callable[..., Planted], capsys: pytest.CaptureFixture[str]
+    plant: Callable[..., Planted], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert cli.main(["run", "-m", str(plant().trunk), "--mtp", "no-such.gguf", "-p", "a"]) == cli.EXIT_FAILED == 1
+    head = tmp_path / "no-such.gguf"
+    assert cli.main(["run", "-m", str(plant().trunk), "--mtp", str(head), "-p", "a"]) == cli.EXIT_FAILED == 1
     err = capsys.readouterr().err
-    assert err.strip() == "ds4-mtp run: MtpDraft: no-such.gguf: no such file; expected an MTP GGUF file"
+    assert err.strip() == f"ds4-mtp run: MtpDraft: {head}: no such file; expected an MTP GGUF file"
 
 
 @pytest.mark.parametrize("argv", [[], ["fly"], ["run"]])
