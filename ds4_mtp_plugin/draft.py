@@ -22,8 +22,10 @@ __all__ = ["MAX_PRED_TOKENS", "MtpDraft", "attach", "detach", "gate", "in_use"]
 # The greatest depth there is (ds4 has the same bound); one block trained for one step pays for far fewer.
 MAX_PRED_TOKENS = 16
 
-# The engine's GGML_MAX_N_THREADS, behind which it aborts.
+# The engine's GGML_MAX_N_THREADS, which it does not hold anyone to: where the system refuses a thread, OpenMP ends the
+# process.
 _MAX_THREADS = 512
+_INT32_MAX = 2**31 - 1  # the engine's type for layers
 
 _OPTIONS = (
     *("model_path", "num_pred_tokens", "exact", "p_min", "margin", "n_gpu_layers", "n_threads", "n_threads_batch"),
@@ -90,7 +92,9 @@ class MtpDraft(LlamaDraftModel):  # type: ignore[misc, unused-ignore]
         self.exact = None if exact is None else options.flag("exact", exact)
         self.p_min = options.real("p_min", p_min, "a probability, 0 to 1", most=1)
         self.margin = None if margin is None else options.real("margin", margin, "a number of 0 or more")
-        self.n_gpu_layers = None if n_gpu_layers is None else options.integer("n_gpu_layers", n_gpu_layers, -1)
+        self.n_gpu_layers = (
+            None if n_gpu_layers is None else options.integer("n_gpu_layers", n_gpu_layers, -1, _INT32_MAX)
+        )
         self.n_threads, self.n_threads_batch = (
             None if value is None else options.integer(name, value, 1, _MAX_THREADS)
             for name, value in (("n_threads", n_threads), ("n_threads_batch", n_threads_batch))

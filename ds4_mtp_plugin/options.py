@@ -13,11 +13,21 @@ __all__ = ["flag", "integer", "path", "real"]
 
 
 def path(value: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> Path:
-    """An absolute path, so that it means the same file after a chdir; "~" is the user's home."""
+    """An absolute path, so that it means the same file after a chdir; "~" is the user's home.
+
+    ".." stays as it is: behind a symbolic link it is not the folder that the link stands in.
+
+    Raises:
+        TypeError: `value` is no path.
+        ValueError: it is empty.
+    """
     try:
-        return Path(os.path.abspath(os.path.expanduser(os.fsdecode(value))))
-    except (TypeError, ValueError):
+        text = os.fsdecode(value)
+    except TypeError:
         raise TypeError(f"MtpDraft: model_path is {value!r}, expected the path of an MTP GGUF") from None
+    if not text:
+        raise ValueError(f"MtpDraft: model_path is {value!r}, expected the path of an MTP GGUF")
+    return Path(os.path.expanduser(text)).absolute()
 
 
 def integer(name: str, value: Any, least: int, most: int | None = None) -> int:

@@ -19,6 +19,7 @@ import pytest
 from ds4_mtp_plugin import MtpDraft
 from tests.fixtures import ds4_gguf
 from tests.fixtures.planted import BY_CONTEXT, TINY, Planted
+from tests.fuzz import mutants
 
 Plant = Callable[..., Planted]
 
@@ -255,11 +256,30 @@ def test_options_of_the_host_change_the_plain_text_alone(plant: Plant) -> None:
         {"kv_overrides": {"deepseek4.attention.sliding_window": 64}},
         {"kv_overrides": {"deepseek4.rope.freq_base": 500.0, "a": "text", "b": True}},
         {"kv_overrides": {"tokenizer.ggml.eos_token_id": 300}},
+        # Of another type than the file's, or of an array: the engine takes neither.
+        {"kv_overrides": {"deepseek4.attention.sliding_window": 64.0, "deepseek4.hyper_connection.count": True}},
+        {"kv_overrides": {"deepseek4.attention.compress_ratios": 128, "deepseek4.attention.causal": 0}},
+        {"kv_overrides": {"deepseek4.attention.sliding_window": 2**32 + 64}},  # cut to 32 bits
         {"n_seq_max": 4, "load_mtp": True, "n_rs_seq": 1},  # which the host swallows
     ]
     for options, (plain, drafted, accepted, told) in zip(cases, run_many(plant(**BY_CONTEXT), cases)):
         assert drafted == plain, options
         assert plain[1] is None and accepted > 0 and not told, options
+
+
+def test_a_head_whose_difference_is_overridden_drafts(plant: Plant, tmp_path: Path) -> None:
+    files = plant(**BY_CONTEXT)
+    key = b"deepseek4.rope.freq_base"
+    file = mutants.read(files.mtp)
+    (own,) = (each for each in file.keys if each.name == key)
+    value, own.value = own.value, own.value / 2
+    other = tmp_path / "other.gguf"
+    other.write_bytes(mutants.written(file))
+    cases: list[dict[str, Any]] = [{}, {"kv_overrides": {key.decode(): value}}]
+    refused, taken = run_many(dataclasses.replace(files, mtp=other), cases)
+    assert "does not belong to" in refused[1][1]
+    plain, drafted, accepted, told = taken
+    assert drafted == plain and plain[1] is None and accepted > 0 and not told
 
 
 def test_where_nothing_can_be_drafted_a_warning_says_why(plant: Plant) -> None:

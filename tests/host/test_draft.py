@@ -46,12 +46,14 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("exact", "yes", TypeError, "exact is 'yes', expected True or False"),
         ("report", 1, TypeError, "report is 1, expected True or False"),
         ("n_gpu_layers", "1", TypeError, "n_gpu_layers is '1', expected an integer"),
-        ("n_gpu_layers", -2, ValueError, "n_gpu_layers is -2, expected -1 or more"),
+        ("n_gpu_layers", -2, ValueError, "n_gpu_layers is -2, expected -1 to 2147483647"),
+        ("n_gpu_layers", 2**31, ValueError, "n_gpu_layers is 2147483648, expected -1 to 2147483647"),
         ("n_threads", -3, ValueError, "n_threads is -3, expected 1 to 512"),
         ("n_threads", 0, ValueError, "n_threads is 0, expected 1 to 512"),
         ("n_threads_batch", 10000, ValueError, "n_threads_batch is 10000, expected 1 to 512"),
         ("n_threads_batch", 1.0, TypeError, "n_threads_batch is 1.0, expected an integer"),
         ("model_path", 5, TypeError, "model_path is 5, expected the path of an MTP GGUF"),
+        ("model_path", "", ValueError, "model_path is '', expected the path of an MTP GGUF"),
         ("model_path", "a\0b", FileNotFoundError, "no such file"),
     ],
 )
@@ -81,6 +83,14 @@ def test_a_relative_path_stays_what_it_was(
     monkeypatch.chdir(tmp_path)
     assert len(generate(llama(files.trunk, draft_model=pickle.loads(pickle.dumps(draft))), [300], 5)) == 5
     assert draft.model_path == str(files.mtp)
+
+
+def test_a_path_through_a_symbolic_link_is_the_systems_own(plant: Plant, tmp_path: Path) -> None:
+    (tmp_path / "real" / "below").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "below")
+    head = tmp_path / "real" / "head.gguf"
+    head.write_bytes(plant().mtp.read_bytes())
+    assert Path(MtpDraft(f"{tmp_path}/link/../head.gguf").model_path).samefile(head)
 
 
 def test_options_are_fixed_and_shown(plant: Plant) -> None:
