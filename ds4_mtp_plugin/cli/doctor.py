@@ -150,7 +150,7 @@ def _decodes() -> Iterator[str]:
     _say("decoding", f"crashes ({name})")
     yield (
         f"the engine crashed with {name} while it decoded the small model. CPU: {cpu()}. Compiler: "
-        f"{current().compiler}. Build it with kernels that every CPU has, in the plugin's source: {_CAUTIOUS}. "
+        f"{current().compiler}. Build it with kernels for any CPU with AVX2, in the plugin's source: {_CAUTIOUS}. "
         "Please report it with this output"
     )
 

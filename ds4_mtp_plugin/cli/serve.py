@@ -51,5 +51,11 @@ def do(args: argparse.Namespace) -> int:
     sys.argv = ["ds4-mtp serve", *options, *args.rest]
     # The server ends by the signal that it got; this one would leave no time to close a model.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(_EXIT_TERMINATED))
-    main.main()
+    try:
+        main.main()
+    except SystemExit as err:
+        # uvicorn's STARTUP_FAILURE, which it gives where the port is taken: 3 means something else among our statuses.
+        if err.code == 3:
+            return EXIT_FAILED
+        raise
     return EXIT_OK

@@ -152,11 +152,12 @@ def check_pair(base_path: PathLike, head_path: PathLike, overrides: Overrides | 
     ]
     # The engine would compute the head otherwise than its model: drafts would be poor, and many a value aborts it.
     ours, theirs = _shared_keys(of_head), _shared_keys(of_base)
-    differences += [
-        f"{shown(key)} is {shown(ours.get(key))}, expected {shown(theirs.get(key))}"
-        for key in sorted({*ours, *theirs})
-        if not differences and not _same(ours.get(key), theirs.get(key))
-    ]
+    if not differences:
+        differences = [
+            f"{shown(key)} is {shown(ours.get(key))}, expected {shown(theirs.get(key))}"
+            for key in sorted({*ours, *theirs})
+            if not _same(ours.get(key), theirs.get(key))
+        ]
     if not differences and of_head.vocabulary != of_base.vocabulary:
         differences = ["its vocabulary has other tokens"]
     if differences:

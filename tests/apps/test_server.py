@@ -222,3 +222,13 @@ def test_twelve_at_once_get_what_each_gets_alone(tmp_path: Path) -> None:
             with ThreadPoolExecutor(12) as pool:
                 answers.append(list(pool.map(ask, prompts, [i % 2 == 0 for i in range(12)])))
     assert answers[1:] == [answers[0]] * 3
+
+
+def test_a_port_that_is_taken_is_a_failure() -> None:
+    """uvicorn's own status for it is 3, which among ours means that texts differ."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        command = [sys.executable, *SERVE, *SETTINGS, "--port", str(taken.getsockname()[1])]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment())
+    assert (done.returncode, "address already in use" in done.stderr) == (1, True)
