@@ -18,6 +18,7 @@ class Ledger:
             decoded what the Llama does not know (rows of an image).
         sure: whether memory holds what the account says. It does not while a change of both is under way, and where
             an exception ended one.
+        under_way: whether a change of both is under way.
     """
 
     def __init__(self, single_rows: int) -> None:
@@ -25,6 +26,7 @@ class Ledger:
         self._large: list[tuple[int, int]] = []  # (position, rows) of the large batches, by position
         self.known = 0
         self.sure = True
+        self.under_way = False
 
     def forget(self) -> None:
         """Memory is empty, or about to be."""
@@ -77,11 +79,12 @@ class Change:
         self._ledger = ledger
 
     def __enter__(self) -> Change:
-        self._ledger.sure = False
+        self._ledger.sure, self._ledger.under_way = False, True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._ledger.under_way = False
         if kind is None:
             self._ledger.sure = True

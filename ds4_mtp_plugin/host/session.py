@@ -48,12 +48,18 @@ class Session:
     not sure, and the next call evaluates the Llama's tokens again.
     """
 
-    def __init__(self, llama: Llama, draft: MtpDraft, spec: CommonSpeculative) -> None:
+    def __init__(
+        self, llama: Llama, draft: MtpDraft, spec: CommonSpeculative, *, single_rows: int = SINGLE_ROWS
+    ) -> None:
+        """
+        Args:
+            single_rows: rows that the engine computes as if each were alone, wherever they lie.
+        """
         # The Llama holds its session: a strong reference back would keep a dropped Llama's memory until a collection.
         self._llama = weakref.ref(llama)
         self._draft = draft
         self._spec = spec
-        self._ledger = Ledger(SINGLE_ROWS)
+        self._ledger = Ledger(single_rows)
         # The verify of the target's last decode; None where that was no verify.
         self._verify: Verify | None = None
         # Tokens that the app wants of the generation that its completion is about to begin.
@@ -164,6 +170,8 @@ class Session:
         llama = self._llama()
         if llama is None or self._closed or llama._ctx.ctx is None:
             return  # under a generation that is only now dropped
+        if self._ledger.under_way:
+            return  # a collection amid a change dropped a generation; what is under way settles it too
         if not self._ledger.sure:
             self._reevaluate(llama)
         if self._verify is None or not self._verify.open:

@@ -229,6 +229,33 @@ def test_a_llama_and_a_generation_are_collected_together(plant: Plant, recwarn: 
 # -- what the Llama shows between and inside tokens --
 
 
+def test_a_generation_that_is_collected_amid_a_rollback_changes_nothing(
+    both: tuple[Llama, Llama], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, drafting = both
+    expected = generate(plain, PROMPT, 40, temp=0.0)
+    generation, tokens = into_a_verify(drafting)
+    cycle: list[Any] = [generation]
+    cycle.append(cycle)
+    session = wraps.session_of(drafting)
+    assert session is not None
+    settled, evaluated_again = [], []
+
+    def accept(verify: Any, accept: Callable[..., None] = session._spec.accept) -> None:
+        gc.collect()  # closes the generation, whose end settles too
+        settled.append(verify)
+        accept(verify)
+
+    monkeypatch.setattr(session._spec, "accept", accept)
+    monkeypatch.setattr(session, "_reevaluate", evaluated_again.append)
+    del generation, cycle
+    drafting.eval(tokens[-1:])
+    assert len(settled) == 1 and session._last is None and not evaluated_again
+    monkeypatch.undo()
+    drafting.reset()
+    assert generate(drafting, PROMPT, 40, temp=0.0) == expected
+
+
 def test_the_draft_is_there_while_a_token_is_made(both: tuple[Llama, Llama]) -> None:
     llm = both[1]
     draft, seen = llm.draft_model, []
