@@ -67,8 +67,9 @@ class MtpDraft(LlamaDraftModel):  # type: ignore[misc, unused-ignore]
             num_pred_tokens: the number of tokens drafted per cycle; 0 drafts none, None is the default. Lowered where
                 the target's micro-batch or the context has no room for as many, and to 16.
             exact: True for the bytes of plain decoding, or a ValueError from the Llama that says why they cannot be
-                promised there. None and False ask for no promise: text is exact wherever the engine can be at no cost,
-                on x86-64 CPUs, and near-greedy elsewhere; ``stats.exact`` says which.
+                promised there. On an NVIDIA GPU of compute capability 9.0 the promise costs some 7 % of the speed and
+                holds for up to 4 drafts. None and False ask for no promise: text is exact wherever the engine can be
+                at no cost, on x86-64 CPUs, and near-greedy elsewhere; ``stats.exact`` says which.
             p_min: end a draft before the first token whose probability is less, 0 to 1.
             margin: end a draft before the first token that leads the second best logit by less; None or 0 for no gate.
             n_gpu_layers: layers of the head on the GPU, -1 all; None as the target's.

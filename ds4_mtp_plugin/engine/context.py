@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -151,12 +152,16 @@ class Context:
         self.n_layer_nextn = int(self._lib.llama_model_n_layer_nextn(model))
         self.window = int(self._lib.ds4_mtp_window(model))
         self._best = ffi.new("struct ds4_mtp_best *")
+        self._picker: Any = None
 
     def close(self) -> None:
         """Free the context if it is ours. Safe to call again."""
         if self._owned and self._ptr is not None:
             self._lib.llama_free(self._ptr)
         self._ptr = None
+        if self._picker is not None:  # the context pointed to it
+            self._lib.llama_sampler_free(self._picker)
+            self._picker = None
 
     def is_eog(self, token: int) -> bool:
         """Whether a text ends with `token`."""
@@ -180,6 +185,22 @@ class Context:
     def set_hidden(self, mode: int) -> None:
         """From the next decode on keep hidden rows of no (HIDDEN_OFF), the output, or all rows (HIDDEN_ALL)."""
         self._lib.ds4_mtp_set_hidden(self._ptr, mode)
+
+    def pick_in_graph(self) -> bool:
+        """From the next decode on the graph itself picks the best token of sequence 0, and no logits are copied.
+
+        `best` then knows no probability and no margin. On a GPU this spares the copy of a row of logits and the search
+        through it; on a CPU it gains nothing (llama.cpp, common/speculative.cpp, ``backend_sampling``). False, and
+        nothing changed, where the engine's backend cannot.
+        """
+        if self._picker is None:
+            chain = self._lib.llama_sampler_chain_init(ffi.new("struct llama_sampler_chain_params *")[0])
+            self._lib.llama_sampler_chain_add(chain, self._lib.llama_sampler_init_greedy())
+            if not self._lib.llama_set_sampler(self._ptr, 0, chain):
+                self._lib.llama_sampler_free(chain)
+                return False
+            self._picker = chain
+        return True
 
     def hidden(self, i: int, out: Floats) -> None:
         """Copy the hidden row of batch row `i` of the last decode into `out`, shape (n_embd_out,), contiguous.
@@ -211,6 +232,11 @@ class Context:
         Raises:
             NoSuchRow: the last decode has no logits for the row.
         """
+        if self._picker is not None:
+            token = int(self._lib.llama_get_sampled_token_ith(self._ptr, i))
+            if not 0 <= token < self.n_vocab:
+                raise NoSuchRow(f"the last decode picked no token for row {i}")
+            return Best(token, 1.0, math.inf)
         if not self._lib.ds4_mtp_get_best(self._ptr, i, with_prob, self._best):
             raise NoSuchRow(f"the last decode has no finite logits for row {i}")
         return Best(int(self._best.id), float(self._best.prob), float(self._best.margin))

@@ -10,7 +10,7 @@ import typing as _t
 import cffi as _cffi
 
 # Must equal DS4_MTP_ABI of patches/src/ds4-mtp.h.
-ABI = 2
+ABI = 3
 
 
 def _library_dir() -> _pathlib.Path:
@@ -83,6 +83,15 @@ class Library:
     def version(self) -> str:
         """llama.cpp's own version of this library."""
         return str(ffi.string(self.lib.llama_version()).decode())
+
+    @property
+    def gpu_rows(self) -> int:
+        """The most rows that every GPU at hand can compute as if each were alone: 0 where one promises nothing."""
+        return int(self.lib.ds4_mtp_gpu_rows())
+
+    def ask_rows_alone(self, on: bool) -> None:
+        """Ask the GPUs for that, which costs time, or take it back. They do it while anybody in the process asks."""
+        self.lib.ds4_mtp_gpu_rows_alone(on)
 
     @property
     def compiler(self) -> str:

@@ -23,6 +23,8 @@ INSTALL_HOST = f"pip install --no-cache-dir llama-cpp-python=={HOST_VERSION} -C 
 class ContextParams(Protocol):
     """``llama_context_params``, a ctypes structure: its bytes are the engine's."""
 
+    type_k: int
+    type_v: int
     n_batch: int
     n_ubatch: int
     n_rs_seq: int

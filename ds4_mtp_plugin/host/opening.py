@@ -8,6 +8,7 @@ import os
 import platform
 import warnings
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from ..settings import current as settings
 from ..speculation import CommonSpeculative, MtpDrafter
 from .contract import ContextParams, Llama
 from .library import current as library
-from .session import Session
+from .session import SINGLE_ROWS, Session
 
 __all__ = ["Admission", "admit", "depth_in_scope", "refuse_embeddings"]
 
@@ -31,6 +32,10 @@ _CAUSAL = (llama_cpp.LLAMA_ATTENTION_TYPE_UNSPECIFIED, llama_cpp.LLAMA_ATTENTION
 # Architectures whose rows are several streams wide. Embeddings are one wide, but src/llama-context.cpp copies the width
 # of all: an assertion ends the process.
 _STREAMS = ("deepseek4", "qwen4exp")
+
+# By how many positions the engine enlarges what it reads of a cache (src/llama-kv-cache.cpp, get_n_kv). A GPU divides
+# the work on a row by that size, so rows on two sides of such a mark are not verified together there.
+GPU_BLOCK = 256
 
 # Of the Llama that is being constructed, for the contexts that its constructor creates.
 _scope: ContextVar[MtpDraft | None] = ContextVar("draft", default=None)
@@ -108,7 +113,12 @@ def admit(arguments: Mapping[str, Any]) -> Admission | None:
         if in_use(draft):
             raise ValueError("MtpDraft: this draft is in use by another Llama; give each Llama an MtpDraft of its own")
         check_pair(model_path, draft.model_path, arguments.get("kv_overrides") or {})
-        if (draft.exact or settings().strict) and (why := _why_not_exact(arguments.get("n_gpu_layers", 0))):
+        why = _why_not_exact(
+            arguments.get("n_gpu_layers", 0),
+            1 + min(draft.num_pred_tokens, MAX_PRED_TOKENS),
+            {kind for name in ("type_k", "type_v") if (kind := arguments.get(name)) is not None},
+        )
+        if _asks_for_exact(draft) and why:
             raise ValueError(
                 f"MtpDraft: exact=True (or DS4_MTP_STRICT) cannot be promised here: {why}. Without it the text is "
                 "near-greedy there"
@@ -144,15 +154,26 @@ def _why_off(arguments: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _why_not_exact(n_gpu_layers: int) -> str | None:
-    """Why a row may round otherwise in a verify than alone; None where it does not."""
+def _asks_for_exact(draft: MtpDraft) -> bool:
+    return bool(draft.exact or settings().strict)
+
+
+def _why_not_exact(n_gpu_layers: int, n_rows: int, caches: AbstractSet[int]) -> str | None:
+    """Why a row may round otherwise in a verify of `n_rows` than alone, None where it need not. `caches`: GGML types"""
     machine = platform.machine().lower()
     if machine not in ("x86_64", "amd64"):
         return f"it was tested on no CPU of this kind ({machine}), on x86-64 alone"
     if not llama_cpp.llama_supports_gpu_offload():
         return None
-    if n_gpu_layers:
-        return f"layers are on a GPU (n_gpu_layers={n_gpu_layers}), whose kernels depend on the number of rows"
+    if _on_gpu(n_gpu_layers):
+        where = f"layers are on a GPU (n_gpu_layers={n_gpu_layers})"
+        rows = library().gpu_rows
+        if rows == 0:
+            return f"{where} of a kind on which it was not tested"
+        if n_rows > rows:
+            return f"{where}, where {rows} rows are computed as if each were alone: num_pred_tokens={rows - 1} at most"
+        if caches - {llama_cpp.GGML_TYPE_F16}:
+            return f"{where}, where it holds for a cache of F16 alone (type_k, type_v)"
     if "GGML_OP_OFFLOAD_MIN_BATCH" in os.environ:
         return "GGML_OP_OFFLOAD_MIN_BATCH is set, by which a verify may go to a GPU where a single row does not"
     return None
@@ -181,22 +202,29 @@ def _open(llama: Llama, draft: MtpDraft) -> Session | None:
     target = Context(library(), llama._ctx.ctx, owned=False)
     if target.n_rs_seq < depth:
         raise _NoSpeculation("the engine could not create a context with snapshots (its log on stderr says why)")
+    on_gpu, params = _on_gpu(llama.model_params.n_gpu_layers), llama.context_params
+    why_not = _why_not_exact(llama.model_params.n_gpu_layers, depth + 1, {params.type_k, params.type_v})
+    # A GPU's kernels that give the bits of single rows are slower, so they are for those who ask for them.
+    alone = on_gpu and _asks_for_exact(draft) and why_not is None
     with ExitStack() as on_error:
         try:
-            drafter = _open_drafter(llama, draft, target, on_error)
+            drafter = _open_drafter(llama, draft, target, on_error, alone=alone)
         except EngineError as err:
             raise _NoSpeculation(str(err)) from None
-        spec = CommonSpeculative(target, drafter, n_draft=depth)
-        spec.counters.exact = _why_not_exact(llama.model_params.n_gpu_layers) is None
-        session = Session(llama, draft, spec)
+        spec = CommonSpeculative(target, drafter, n_draft=depth, within=GPU_BLOCK if alone else None)
+        spec.counters.exact = alone or (not on_gpu and why_not is None)
+        session = Session(llama, draft, spec, single_rows=1 if alone else SINGLE_ROWS)
         on_error.pop_all()
     # The host's stack runs backwards: the head goes before the target.
     llama._stack.callback(session.close)
     return session
 
 
-def _open_drafter(llama: Llama, draft: MtpDraft, target: Context, on_error: ExitStack) -> MtpDrafter:
+def _open_drafter(llama: Llama, draft: MtpDraft, target: Context, on_error: ExitStack, *, alone: bool) -> MtpDrafter:
     """
+    Args:
+        alone: as long as the drafter is open GPUs are to compute few rows as if each were alone.
+
     Raises:
         EngineError: the engine could not load the head, or create its context.
         ValueError: the head is of another shape than the target.
@@ -212,7 +240,12 @@ def _open_drafter(llama: Llama, draft: MtpDraft, target: Context, on_error: Exit
         kv_overrides=ffi.cast("struct llama_model_kv_override *", overrides),
         **placed,
     )
-    on_error.callback(model.close)
+    resources = ExitStack()
+    on_error.callback(resources.close)
+    resources.callback(model.close)
+    if alone:
+        library().ask_rows_alone(True)
+        resources.callback(library().ask_rows_alone, False)
     # A window of rows per decode, and room for three windows, whatever the target's context length is.
     context = model.new_context(
         like=_bytes(llama.context_params),
@@ -235,7 +268,14 @@ def _open_drafter(llama: Llama, draft: MtpDraft, target: Context, on_error: Exit
             f"{draft.model_path} does not belong to {llama.model_path} as the engine loaded it; take the "
             "MTP GGUF that was converted from the same checkpoint"
         )
-    return MtpDrafter(context, gate=gate(draft), on_close=model.close)
+    chosen = gate(draft)
+    if chosen.open and _on_gpu(placed.get("n_gpu_layers", llama.model_params.n_gpu_layers)):
+        context.pick_in_graph()
+    return MtpDrafter(context, gate=chosen, on_close=resources.close)
+
+
+def _on_gpu(n_gpu_layers: int) -> bool:
+    return n_gpu_layers != 0 and bool(llama_cpp.llama_supports_gpu_offload())
 
 
 def _bytes(structure: Any) -> bytes:

@@ -73,11 +73,12 @@ class CommonSpeculative:
     decode of that sequence may come.
     """
 
-    def __init__(self, target: Context, drafter: Drafter, *, n_draft: int) -> None:
+    def __init__(self, target: Context, drafter: Drafter, *, n_draft: int, within: int | None = None) -> None:
         """
         Args:
             n_draft: the greatest number of drafts per cycle. The target must be able to roll back as many rows
                 (``n_rs_seq``) and take one more in a micro-batch.
+            within: positions are in blocks of so many, and the rows of a verify all in one of them; None for no blocks.
 
         Raises:
             ValueError: the target cannot verify `n_draft` drafts.
@@ -91,6 +92,7 @@ class CommonSpeculative:
         self.target = target
         self.drafter = drafter
         self.n_draft = n_draft
+        self._within = within
         self.counters = Counters(n_draft)
         self._batch = Batch(n_draft + 1)
 
@@ -116,6 +118,8 @@ class CommonSpeculative:
             EngineError: the drafter failed.
         """
         n_max = min(n_max, self.n_draft, self.target.n_ctx // self.target.n_seq_max - 1 - n_past)
+        if self._within is not None:
+            n_max = min(n_max, self._within - 1 - n_past % self._within)
         if n_max < 1:
             return []
         t0 = time.perf_counter()

@@ -23,5 +23,10 @@ class Gate:
     p_min: float = 0.0
     margin: float = 0.0
 
+    @property
+    def open(self) -> bool:
+        """Whether every draft passes, so that nobody has to know how sure the head is."""
+        return self.p_min <= 0 and self.margin <= 0
+
     def passes(self, best: Best) -> bool:
         return best.prob >= self.p_min and best.margin >= self.margin

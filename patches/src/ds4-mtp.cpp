@@ -5,9 +5,14 @@
 #include "llama-impl.h"
 #include "llama-model.h"
 
+#include "ggml-backend.h"
+
+#include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <exception>
+#include <set>
 
 #define DS4_MTP_STRING_(x) #x
 #define DS4_MTP_STRING(x)  DS4_MTP_STRING_(x)
@@ -22,6 +27,19 @@
 #define DS4_MTP_COMPILER "an unknown compiler"
 #endif
 
+// The backends of the GPUs at hand.
+static std::set<ggml_backend_reg_t> ds4_mtp_gpu_regs() {
+    std::set<ggml_backend_reg_t> regs;
+    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+        ggml_backend_dev_t dev  = ggml_backend_dev_get(i);
+        const auto         type = ggml_backend_dev_type(dev);
+        if (type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU) {
+            regs.insert(ggml_backend_dev_backend_reg(dev));
+        }
+    }
+    return regs;
+}
+
 extern "C" {
 
 int32_t ds4_mtp_abi(void) {
@@ -30,6 +48,24 @@ int32_t ds4_mtp_abi(void) {
 
 const char * ds4_mtp_patchset(void) {
     return DS4_MTP_PATCHSET;
+}
+
+int32_t ds4_mtp_gpu_rows(void) {
+    int32_t rows = INT32_MAX;
+    for (ggml_backend_reg_t reg : ds4_mtp_gpu_regs()) {
+        auto * said = (int32_t (*)(void)) ggml_backend_reg_get_proc_address(reg, "ds4_mtp_rows");
+        rows = std::min(rows, said ? said() : 0);
+    }
+    return rows;
+}
+
+void ds4_mtp_gpu_rows_alone(bool on) {
+    for (ggml_backend_reg_t reg : ds4_mtp_gpu_regs()) {
+        auto * ask = (void (*)(bool)) ggml_backend_reg_get_proc_address(reg, "ds4_mtp_rows_alone");
+        if (ask) {
+            ask(on);
+        }
+    }
 }
 
 const char * ds4_mtp_compiler(void) {

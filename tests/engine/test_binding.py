@@ -114,3 +114,30 @@ def test_a_file_that_is_no_model_is_an_error(library: engine.Library, tmp_path: 
         file.write(b"GGUF and nothing else")
     with pytest.raises(engine.EngineError, match="no.gguf"):
         engine.Model(library, path)
+
+
+@pytest.mark.parametrize("mtp", [False, True])
+def test_the_graph_picks_the_token_that_best_finds(
+    library: engine.Library, plant: Callable[..., Planted], mtp: bool
+) -> None:
+    files = plant(**BY_CONTEXT)
+    model = engine.Model(library, str(files.mtp if mtp else files.trunk), load_mtp=mtp, n_gpu_layers=GPU_LAYERS)
+    contexts = [model.new_context(mtp=mtp, n_ctx=256, n_batch=8, n_ubatch=8, n_outputs_max=1) for _ in range(2)]
+    batch = engine.Batch(8, n_embd_out=contexts[0].n_embd_out if mtp else 0)
+    if mtp:
+        batch.embd[:] = np.random.default_rng(0).standard_normal(batch.embd.shape)
+    assert contexts[1].pick_in_graph() and contexts[1].pick_in_graph()
+    n_past = 0
+    for part in [300, 301, 302], [303], [304, 305], [306]:
+        ids = []
+        for context in contexts:
+            context.decode(batch.set(part, n_past, 0))
+            ids.append(context.best(-1).id)
+        assert ids[0] == ids[1]
+        n_past += len(part)
+        with pytest.raises(IndexError):
+            contexts[1].best(100_000)
+    for context in contexts:
+        context.close()
+        context.close()
+    model.close()

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from ds4_mtp_plugin import MtpDraft
-from tests.fixtures import ds4_gguf
+from tests.fixtures import GPU_LAYERS, ds4_gguf
 from tests.fixtures.planted import BY_CONTEXT, TINY, Planted
 from tests.fuzz import mutants
 
@@ -227,7 +227,7 @@ def test_options_of_the_host_change_the_plain_text_alone(plant: Plant) -> None:
         {"offload_kqv": False, "op_offload": False},
         {"swa_full": False},
         {"numa": True},
-        {"split_mode": 0, "main_gpu": 3},
+        {"split_mode": 0, "main_gpu": 0 if GPU_LAYERS else 3},
         {"split_mode": 2},
         {"split_mode": 99, "main_gpu": -1},
         {"tensor_split": [1.0]},

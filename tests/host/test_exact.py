@@ -34,11 +34,61 @@ def test_on_the_cpu_it_is_promised(llama: Make, plant: Plant, exact: bool | None
     assert llm.draft_model.stats.exact
 
 
+def a_gpu(monkeypatch: pytest.MonkeyPatch, rows: int) -> list[bool]:
+    """As if there were one that computes as many rows as if each were alone."""
+    monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
+    monkeypatch.setattr(engine.Library, "gpu_rows", property(lambda library: rows))
+    asked: list[bool] = []
+    monkeypatch.setattr(engine.Library, "ask_rows_alone", lambda library, on: asked.append(on))
+    return asked
+
+
+def test_on_a_gpu_that_was_tested_it_is_promised_as_far_as_it_holds(
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = plant(acceptance=1.0)
+    asked = a_gpu(monkeypatch, rows=5)
+    options: dict[str, Any] = {"n_gpu_layers": -1}
+    llm = llama(files.trunk, **options, draft_model=MtpDraft(files.mtp, num_pred_tokens=4))
+    assert not llm.draft_model.stats.exact and asked == []  # it costs time
+    llm = llama(files.trunk, **options, draft_model=MtpDraft(files.mtp, num_pred_tokens=4, exact=True))
+    assert llm.draft_model.stats.exact and asked == [True]
+    llm.close()
+    assert asked == [True, False]
+    with pytest.raises(ValueError, match="5 rows are computed as if each were alone: num_pred_tokens=4 at most"):
+        llama(files.trunk, **options, draft_model=MtpDraft(files.mtp, num_pred_tokens=5, exact=True))
+    options |= {"type_k": 8, "type_v": 8, "flash_attn": True}
+    with pytest.raises(ValueError, match="holds for a cache of F16 alone"):
+        llama(files.trunk, **options, draft_model=MtpDraft(files.mtp, exact=True))
+    assert not llama(files.trunk, **options, draft_model=MtpDraft(files.mtp)).draft_model.stats.exact
+
+
+def test_on_a_gpu_no_verify_lies_on_both_sides_of_a_mark(
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = plant(acceptance=1.0)
+    a_gpu(monkeypatch, rows=5)
+    llm = llama(files.trunk, n_gpu_layers=-1, draft_model=MtpDraft(files.mtp, num_pred_tokens=4, exact=True))
+    spec, verified = llm._ds4_mtp._spec, []
+    monkeypatch.setattr(
+        spec,
+        "verify",
+        lambda seq_id, n_past, token, drafts, verify=spec.verify: (
+            verified.append(range(n_past, n_past + 1 + len(drafts))) or verify(seq_id, n_past, token, drafts)
+        ),
+    )
+    tokens = llm.generate(files.cycle[:252].tolist(), temp=0.0)
+    for _ in range(20):
+        next(tokens)
+    assert {len(rows) for rows in verified} >= {4, 5}
+    assert all(rows[0] // 256 == rows[-1] // 256 for rows in verified)
+
+
 @pytest.mark.parametrize("by", ["option", "switch"])
 def test_on_a_gpu_it_is_refused(llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
     """The engine at hand may have no GPU: what it says of itself is all that this needs."""
     files = plant(acceptance=1.0)
-    monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
+    a_gpu(monkeypatch, rows=0)
     if by == "switch":
         monkeypatch.setattr(opening, "settings", lambda: settings.Settings(strict=True))
     draft = MtpDraft(files.mtp, exact=True if by == "option" else None)
@@ -60,7 +110,7 @@ def test_a_gpu_without_the_promise_is_no_error_and_said(
     llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = plant(acceptance=1.0)
-    monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
+    a_gpu(monkeypatch, rows=0)
     llm = llama(files.trunk, n_gpu_layers=2, draft_model=MtpDraft(files.mtp))
     assert not llm.draft_model.stats.exact and llm.draft_model.stats.depth == 2
 
