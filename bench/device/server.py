@@ -44,6 +44,7 @@ class ServerContender(Contender):
             port = free.getsockname()[1]
         self._url = f"http://127.0.0.1:{port}"
         command = [os.environ[BINARY], "--host", "127.0.0.1", "--port", str(port), "-m", str(trunk), *self._draft]
+        command += ["-fa", "on" if options.get("flash_attn") else "off"]
         command += ["-ngl", self._gpu, "-c", str(options["n_ctx"]), "-np", "1", "--no-warmup", "--fit", "off"]
         if "n_threads" in options:
             command += ["-t", str(options["n_threads"]), "-tb", str(options["n_threads"])]

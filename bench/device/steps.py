@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import platform
 import shutil
@@ -13,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,16 @@ import ds4_mtp_plugin  # noqa: F401  first, so that the host runs on its library
 # isort: split
 import llama_cpp._internals as internals
 import numpy as np
+import numpy.typing as npt
 from llama_cpp import Llama, llama_cpp
 from llama_cpp._logger import set_verbose
 
 from bench.contest import Contender, Contest, contenders
+from bench.device.operations import differing
 from bench.device.server import ServerContender
 from ds4_mtp_plugin import MtpDraft, __version__, engine, host
 from ds4_mtp_plugin.cli.demo import BASE, HEAD
+from ds4_mtp_plugin.host.opening import GPU_BLOCK
 from tests.fixtures.planted import (
     BENCH,
     BY_CONTEXT,
@@ -49,6 +53,10 @@ DEPTHS = (1, 2, 3, 4)
 
 #: Up to a layer of each kind: the engine divides by zero where none is compressed.
 LEAST_LAYERS = 4
+
+#: DeepSeek-V4-Flash with 64 of the 256 experts of a layer, of which a token takes 6: what a decode reads is the same,
+#: and layers that are written in a quarter of the time leave the rest for what is measured.
+BIG = dataclasses.replace(FLASH, n_expert=64)
 
 #: GPU memory that is not for weights: contexts of six contenders and of CUDA. Disk that stays free.
 SPARE_GPU, SPARE_DISK = 14e9, 2e9
@@ -74,7 +82,13 @@ class Options:
     @property
     def llama(self) -> dict[str, Any]:
         threads = {} if self.n_gpu_layers else {"n_threads": 1, "n_threads_batch": 1}
-        return {"n_ctx": 1024, "n_batch": 256, "n_ubatch": 256, "n_gpu_layers": self.n_gpu_layers, **threads}
+        sizes = {"n_ctx": 1024, "n_batch": 256, "n_ubatch": 256}
+        return {**sizes, "n_gpu_layers": self.n_gpu_layers, "flash_attn": self.flash, **threads}
+
+    @property
+    def flash(self) -> bool:
+        """Flash attention, as a user has it on a GPU and llama.cpp's server by itself."""
+        return self.n_gpu_layers != 0
 
 
 def gpu(field: str) -> float:
@@ -107,7 +121,8 @@ def load_files_once() -> None:
 
 
 def big(options: Options, acceptance: float) -> Planted:
-    """DeepSeek-V4-Flash's dimensions, as many layers as fit; one head, which changes its acceptance in its place."""
+    """DeepSeek-V4-Flash's dimensions but for the number of experts, as many layers as fit; one head, which changes its
+    acceptance in its place."""
     directory = options.models / "big"
     directory.mkdir(parents=True, exist_ok=True)
     for half in directory.glob("*.part"):
@@ -115,7 +130,7 @@ def big(options: Options, acceptance: float) -> Planted:
     layers, rate = directory / "layers", directory / "rate"
     if not layers.exists():
         layers.write_text(str(fitting_layers(directory)) if not options.tiny else str(LEAST_LAYERS))
-    config = first_layers(SMALL if options.tiny else FLASH, int(layers.read_text()))
+    config = first_layers(SMALL if options.tiny else BIG, int(layers.read_text()))
     now = float(rate.read_text()) if rate.exists() else acceptance
     rate.write_text(str(now))
     model = planted(directory, config=config, acceptance=now, among=RATES, quant=FLASH_QUANT, draw=True)
@@ -126,7 +141,7 @@ def big(options: Options, acceptance: float) -> Planted:
 
 def fitting_layers(directory: Path) -> int:
     """As many as GPU and disk have room for, beside a head of one layer and the embeddings of both files."""
-    layer, roots = 3.65e9, 1.15e9
+    layer, roots = 1.02e9, 1.15e9
     room = shutil.disk_usage(directory).free - SPARE_DISK
     if gpu("memory.free"):
         room = min(room, gpu("memory.free") * 2**20 - SPARE_GPU)
@@ -160,7 +175,7 @@ def text(options: Options) -> dict[str, Any]:
         for sampling in ({"temp": 0.0}, {"temp": 0.8}):
             texts = []
             for depth in (0, *DEPTHS):
-                draft = MtpDraft(mtp, num_pred_tokens=depth) if depth else None
+                draft = MtpDraft(mtp, num_pred_tokens=depth, exact=True) if depth else None
                 llm = Llama(str(trunk), verbose=False, seed=7, draft_model=draft, **options.llama)
                 texts.append(generate(llm, prompt or llm.tokenize(b"def read_lines(path):\n"), n, **sampling))
                 llm.close()
@@ -177,32 +192,78 @@ def text(options: Options) -> dict[str, Any]:
     return {"first_difference": results, "same": sum(v is None for v in results.values()), "of": len(results)}
 
 
+def rows_alone() -> None:
+    """From now on the GPU computes few rows as if each were alone, as ``exact=True`` asks it to."""
+    engine.Library(host.library_path()).ask_rows_alone(True)
+
+
 def bits(options: Options) -> dict[str, Any]:
-    """Differing bits between the logits of rows decoded k at a time and one at a time."""
+    """Differing bits between the logits of rows decoded k at a time and one at a time, behind prompts of some lengths,
+    with the kernels of ``exact=True``.
+
+    "first" is the first row that differs; "cut": no k rows lie on two sides of a multiple of `GPU_BLOCK`.
+    """
     load_files_once()
+    rows_alone()
     results = {}
 
-    def compare(name: str, trunk: Path, n: int) -> None:
-        tokens = np.random.default_rng(0).integers(260, 500, n).tolist()
-        with RowEngine(trunk, n_batch=1) as single:
-            alone, _ = single.decode(tokens)
-        for k in (2, 5) if options.tiny else (2, 3, 5, 17):
-            with RowEngine(trunk, n_batch=k) as together:
-                rows, _ = together.decode(tokens)
-            differing = np.bitwise_xor(rows.view(np.uint32), alone.view(np.uint32))
-            results[f"{name}, {k} rows"] = {
-                "rows": int((differing != 0).any(1).sum()),
-                "of_rows": n,
-                "bits": int(np.unpackbits(differing.view(np.uint8)).sum()),
-                "of_bits": differing.size * 32,
-                "greatest": float(np.abs(rows - alone).max()),
-                "other_choice": int((rows.argmax(1) != alone.argmax(1)).sum()),
-            }
+    def compare(name: str, trunk: Path, prompts: Sequence[int], n: int, flashes: Sequence[bool]) -> None:
+        tokens = np.random.default_rng(0).integers(260, 500, max(prompts) + n).tolist()
+        size = (max(prompts) + n + 255) // 256 * 256
 
-    for quant in ("Q8_0",) if options.tiny else ("F32", "F16", "BF16", "Q8_0", "MXFP4"):
-        trunk = planted(options.models, quant=quant, **BY_CONTEXT).trunk
-        compare(f"planted {quant}", trunk, 24 if options.tiny else 300)
-    compare("big", big(options, RATES[0]).trunk, 24 if options.tiny else 60)
+        def decode(prompt: int, k: int, cut: bool, flash: bool) -> npt.NDArray[np.float32]:
+            with RowEngine(trunk, n_ctx=size, n_batch=512, n_ubatch=512, flash=flash) as engine:
+                if prompt:
+                    engine.decode(tokens[:prompt])
+                at, found = prompt, []
+                while at < prompt + n:
+                    end = min(at + k, prompt + n, at // GPU_BLOCK * GPU_BLOCK + GPU_BLOCK if cut else prompt + n)
+                    found.append(engine.decode(tokens[at:end], at)[0])
+                    at = end
+            return np.concatenate(found)
+
+        for flash, prompt in itertools.product(flashes, prompts):
+            alone = decode(prompt, 1, False, flash)
+            for k, cut in [*((k, True) for k in ((2, 5) if options.tiny else (2, 3, 4, 5))), (5, False)]:
+                rows = decode(prompt, k, cut, flash)
+                differing = np.bitwise_xor(rows.view(np.uint32), alone.view(np.uint32))
+                found = np.flatnonzero((differing != 0).any(1))
+                results[f"{name}{', flash' if flash else ''}, from {prompt}, {k} rows{', cut' if cut else ''}"] = {
+                    "rows": len(found),
+                    "of_rows": n,
+                    "first": prompt + int(found[0]) if len(found) else None,
+                    "bits": int(np.unpackbits(differing.view(np.uint8)).sum()),
+                    "of_bits": differing.size * 32,
+                    "greatest": float(np.abs(rows - alone).max()),
+                    "other_choice": int((rows.argmax(1) != alone.argmax(1)).sum()),
+                }
+
+    quants = ("Q8_0",) if options.tiny else ("Q8_0", "MXFP4", "F16", "Q4_K", "BF16", "F32")
+    for quant in quants:
+        trunk = planted(options.models, config=SMALL, quant=quant, **BY_CONTEXT).trunk
+        prompts = (0,) if options.tiny else (0, 990) if quant != "Q8_0" else (0, 990, 16000)
+        compare(f"planted {quant}", trunk, prompts, 24 if options.tiny else 80, (False, True))
+    if (options.models / "big").exists():
+        compare("big", big(options, RATES[0]).trunk, (100,) if options.tiny else (230, 1000), 40, (True,))
+    return results
+
+
+def operations(options: Options, kernels: str = "") -> dict[str, Any]:
+    """Where rows that are decoded together begin to differ from single ones, by model, flash attention and rows; with
+    `kernels` "exact" those of ``exact=True``."""
+    if kernels:
+        rows_alone()
+    models = {"ds4-mini": BASE}
+    for quant in ("Q8_0",) if options.tiny else ("F16", "Q8_0", "MXFP4", "Q4_K"):
+        models[f"planted {quant}"] = planted(options.models, config=SMALL, quant=quant, **BY_CONTEXT).trunk
+    if (options.models / "big").exists():
+        models["big"] = big(options, RATES[0]).trunk
+    results = {}
+    for name, path in models.items():
+        for flash in (False, True):
+            rows = (2, 5) if options.tiny else (2, 3, 4, 5)
+            for k, found in differing(path, flash=flash, n_gpu_layers=options.n_gpu_layers, rows=rows).items():
+                results[f"{name}{', flash' if flash else ''}, {k} rows"] = dataclasses.asdict(found)
     return results
 
 
@@ -219,25 +280,48 @@ def costs(options: Options) -> dict[str, Any]:
     model = big(options, RATES[0])
     tokens = model.follow(int(model.cycle[0]), 1000)
     before, found = gpu("memory.used"), dict[str, Any]()
-    with RowEngine(model.trunk, n_rs_seq=max(DEPTHS)) as trunk, RowEngine(model.mtp, mtp=True, n_ctx=512) as mtp:
+    flash = options.flash
+    with (
+        RowEngine(model.trunk, n_rs_seq=max(DEPTHS), flash=flash) as trunk,
+        RowEngine(model.mtp, mtp=True, n_ctx=512, flash=flash) as mtp,
+    ):
         found["memory_mib"] = gpu("memory.used") - before
         _, hidden = trunk.decode(tokens[:64])
         at = 64
-        times: dict[int, list[float]] = {n: [] for n in range(1, max(DEPTHS) + 2)}
-        for n in list(times) * (3 if options.tiny else 30):
+
+        def verify(n: int) -> float:
+            nonlocal at, hidden
             t0 = time.perf_counter()
             _, hidden = trunk.decode(tokens[at : at + n], at)
-            times[n].append(time.perf_counter() - t0)
             at += n
-        steps = []
-        for i in range(3 if options.tiny else 60):
+            return time.perf_counter() - t0
+
+        pairs = 1
+
+        def step(n: int) -> float:
+            nonlocal pairs
             t0 = time.perf_counter()
-            mtp.decode(tokens[i + 1 : i + 2], i + 1, hidden[:1])
-            steps.append(time.perf_counter() - t0)
-    # The first of each shape builds graphs and kernels.
-    ms = {n: 1000 * statistics.median(each[1:]) for n, each in times.items()}
-    step = 1000 * statistics.median(steps[1:])
-    return {**found, "verify_ms": ms, "step_ms": step, "v": {n: t / ms[1] for n, t in ms.items()}, "c": step / ms[1]}
+            mtp.decode(tokens[pairs : pairs + n], pairs, np.repeat(hidden[:1], n, 0))
+            pairs += n
+            return time.perf_counter() - t0
+
+        # One shape in a row, whose graph the engine keeps; then two in turn, whose graphs it builds each time.
+        times = 3 if options.tiny else 25
+        rows = range(1, max(DEPTHS) + 2)
+        ms = {n: median_ms([verify(n) for _ in range(times)]) for n in rows}
+        turns = [(verify(1), verify(3)) for _ in range(times)]
+        steps = {n: median_ms([step(n) for _ in range(times)]) for n in (1, 2)}
+        step_turns = [(step(1), step(2)) for _ in range(times)]
+    found["verify_in_turn_ms"] = {n: median_ms(each) for n, each in zip((1, 3), zip(*turns))}
+    found["steps_ms"] = steps
+    found["step_in_turn_ms"] = {n: median_ms(each) for n, each in zip((1, 2), zip(*step_turns))}
+    v = {n: t / ms[1] for n, t in ms.items()}
+    return {**found, "verify_ms": ms, "step_ms": steps[1], "v": v, "c": steps[1] / ms[1]}
+
+
+def median_ms(seconds: Sequence[float]) -> float:
+    """Without the first two: they build graphs and kernels."""
+    return 1000 * statistics.median(seconds[2:] or seconds)
 
 
 class Weighed(Contender):
@@ -288,9 +372,12 @@ def middle(options: Options) -> dict[str, Any]:
         contest.close()
 
 
-def contest(options: Options, acceptance: str) -> dict[str, Any]:
-    """The big model: plain and ours in turn, then the servers one after the other, for only one copy of it fits."""
+def contest(options: Options, acceptance: str, kernels: str = "") -> dict[str, Any]:
+    """The big model: plain and ours in turn, then the servers one after the other, for only one copy of it fits; with
+    `kernels` "exact" ours as ``exact=True`` has them."""
     load_files_once()
+    if kernels:
+        rows_alone()
     files = big(options, float(acceptance))
     ours, _ = field(options, files.mtp)
     together = Contest(files.trunk, ours, files.cycle[:64].tolist(), options.n_tokens, **options.llama)
@@ -319,7 +406,7 @@ def servers(options: Options, acceptance: str) -> dict[str, Any]:
 
 
 STEPS: dict[str, Callable[..., dict[str, Any]]] = {
-    each.__name__: each for each in (machine, text, bits, middle, plant, costs, contest, servers)
+    each.__name__: each for each in (machine, text, bits, operations, middle, plant, costs, contest, servers)
 }
 
 

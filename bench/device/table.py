@@ -28,12 +28,21 @@ def render(results: dict[str, Any]) -> str:
                 for name, row in result.items()
                 if isinstance(row, dict)
             ]
+        elif kind == "operations":
+            for name, found in result.items():
+                if isinstance(found, dict):
+                    says = "differ" if found["logits_differ"] else "the same"
+                    lines.append(f"  {name:28} logits {says}, {found['compared']} nodes compared")
+                    lines += [f"    {each}: {len(nodes)}, {nodes[0]}" for each, nodes in found["begun"].items()]
         elif kind == "plant":
             lines.append(f"  {result['layers']} layers, {result['trunk_gb']:.1f} GB, head {result['mtp_gb']:.1f} GB")
             lines[-1] += f", written in {result['seconds']:.0f} s"
         elif kind == "costs":
             lines += [f"  v({n}) = {v:.2f}  {result['verify_ms'][n]:8.2f} ms" for n, v in result["v"].items()]
             lines.append(f"  c    = {result['c']:.2f}  {result['step_ms']:8.2f} ms")
+            for name, times in (("verify", result["verify_in_turn_ms"]), ("step", result["step_in_turn_ms"])):
+                each = ", ".join(f"{n} rows {ms:.2f} ms" for n, ms in times.items())
+                lines.append(f"  {name}, shapes in turn: {each}")
             lines.append(f"  trunk and head: {result['memory_mib']:.0f} MiB of GPU memory")
         elif kind in ("middle", "contest", "servers"):
             lines += contest(result)
