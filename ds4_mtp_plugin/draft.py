@@ -22,14 +22,17 @@ __all__ = ["MAX_PRED_TOKENS", "MtpDraft", "attach", "detach", "gate", "in_use"]
 # The greatest depth there is (ds4 has the same bound); one block trained for one step pays for far fewer.
 MAX_PRED_TOKENS = 16
 
+# The greatest depth that is chosen where the app names none: beyond it drafts are seldom right often enough.
+_MOST_BY_ITSELF = 3
+
 # The engine's GGML_MAX_N_THREADS, which it does not hold anyone to: where the system refuses a thread, OpenMP ends the
 # process.
 _MAX_THREADS = 512
 _INT32_MAX = 2**31 - 1  # the engine's type for layers
 
 _OPTIONS = (
-    *("model_path", "num_pred_tokens", "exact", "p_min", "margin", "n_gpu_layers", "n_threads", "n_threads_batch"),
-    "report",
+    *("model_path", "num_pred_tokens", "adaptive", "exact", "p_min", "margin"),
+    *("n_gpu_layers", "n_threads", "n_threads_batch", "report"),
 )
 
 
@@ -52,7 +55,8 @@ class MtpDraft(LlamaDraftModel):  # type: ignore[misc, unused-ignore]
         self,
         model_path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
         *,
-        num_pred_tokens: int | None = 2,
+        num_pred_tokens: int | None = None,
+        adaptive: bool | None = None,
         exact: bool | None = None,
         p_min: float = 0.0,
         margin: float | None = None,
@@ -64,8 +68,12 @@ class MtpDraft(LlamaDraftModel):  # type: ignore[misc, unused-ignore]
         """
         Args:
             model_path: an MTP GGUF of the target model (``nextn_predict_layers`` 1, no trunk). "~" is the user's home.
-            num_pred_tokens: the number of tokens drafted per cycle; 0 drafts none, None is the default. Lowered where
-                the target's micro-batch or the context has no room for as many, and to 16.
+            num_pred_tokens: the number of tokens drafted per cycle; 0 drafts none. Lowered where the target's
+                micro-batch or the context has no room for as many, and to 16. None leaves it to `adaptive`.
+            adaptive: whether each cycle's number of drafts, 0 to `num_pred_tokens` (3 where that is None), is the one
+                at which a token costs least, by what was measured of late. None: where `num_pred_tokens` is None. A
+                number that the clock decides changes no exact text; where the text is not exact, the number is fixed,
+                so that a rerun gives the same.
             exact: True for the bytes of plain decoding, or a ValueError from the Llama that says why they cannot be
                 promised there. On an NVIDIA GPU of compute capability 9.0 the promise costs some 7 % of the speed and
                 holds for up to 4 drafts. None and False ask for no promise: text is exact wherever the engine can be
@@ -89,7 +97,9 @@ class MtpDraft(LlamaDraftModel):  # type: ignore[misc, unused-ignore]
             found = "it is a directory" if path.is_dir() else "no such file"
             raise FileNotFoundError(f"MtpDraft: {path}: {found}; expected an MTP GGUF file")
         self.model_path = str(path)
-        self.num_pred_tokens = 2 if num_pred_tokens is None else options.integer("num_pred_tokens", num_pred_tokens, 0)
+        given = None if num_pred_tokens is None else options.integer("num_pred_tokens", num_pred_tokens, 0)
+        self.num_pred_tokens = _MOST_BY_ITSELF if given is None else given
+        self.adaptive = given is None if adaptive is None else options.flag("adaptive", adaptive)
         self.exact = None if exact is None else options.flag("exact", exact)
         self.p_min = options.real("p_min", p_min, "a probability, 0 to 1", most=1)
         self.margin = None if margin is None else options.real("margin", margin, "a number of 0 or more")
@@ -112,6 +122,10 @@ class MtpDraft(LlamaDraftModel):  # type: ignore[misc, unused-ignore]
 
     def __repr__(self) -> str:
         defaults = {name: each.default for name, each in inspect.signature(MtpDraft).parameters.items()}
+        # A number of drafts means that many, unless the app says otherwise.
+        by_itself = self.adaptive and self.num_pred_tokens == _MOST_BY_ITSELF
+        defaults["num_pred_tokens"] = _MOST_BY_ITSELF if by_itself else None
+        defaults["adaptive"] = by_itself
         given = (f", {name}={vars(self)[name]!r}" for name in _OPTIONS[1:] if vars(self)[name] != defaults[name])
         return f"MtpDraft({self.model_path!r}{''.join(given)})"
 

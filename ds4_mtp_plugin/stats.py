@@ -52,6 +52,12 @@ class MtpStats:
         """Share of the drafts verified at depth 1, 2, ... that were accepted, which all before them were too."""
         return tuple(a / p if p else 0.0 for a, p in zip(self.accepted_per_position, self.proposed_per_position))
 
+    @property
+    def cycles_per_depth(self) -> tuple[int, ...]:
+        """Cycles with 0, 1, 2, ... drafts; one with 0 is a plain decode."""
+        at_least = (*self.proposed_per_position, 0)
+        return (self.plain, *(a - b for a, b in zip(at_least, at_least[1:])))
+
     def __str__(self) -> str:
         # The fields and their order are those of ds4's report (TrevorS/ds4, pull request 4); ours come behind them.
         return (

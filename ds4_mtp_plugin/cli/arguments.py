@@ -114,9 +114,8 @@ def add_generation(parser: argparse.ArgumentParser, *, n_predict: int, ctx: int)
         "-k",
         "--num-pred-tokens",
         type=integer(0),
-        default=2,
         metavar="K",
-        help="drafts per cycle (default %(default)s)",
+        help="drafts per cycle (default: 0 to 3, by what is measured)",
     )
     parser.add_argument(
         "-c",

@@ -31,7 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", metavar="BASE", help="GGUF of the model")
     parser.add_argument("--mtp", metavar="MTP", help="GGUF of its MTP head (the same as --draft_model MTP)")
     parser.add_argument(
-        "-k", "--num-pred-tokens", type=arguments.integer(0), metavar="K", help="drafts per cycle (default 2)"
+        "-k",
+        "--num-pred-tokens",
+        type=arguments.integer(0),
+        metavar="K",
+        help="drafts per cycle (default: 0 to 3, by what is measured)",
     )
     parser.set_defaults(rest=[])
 

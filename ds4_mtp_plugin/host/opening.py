@@ -20,7 +20,7 @@ from ..draft import MAX_PRED_TOKENS, MtpDraft, gate, in_use
 from ..engine import Context, EngineError, Model, ffi
 from ..gguf import check_pair
 from ..settings import current as settings
-from ..speculation import CommonSpeculative, MtpDrafter
+from ..speculation import AdaptiveDepth, CommonSpeculative, MtpDrafter
 from .contract import ContextParams, Llama
 from .library import current as library
 from .session import SINGLE_ROWS, Session
@@ -213,7 +213,8 @@ def _open(llama: Llama, draft: MtpDraft) -> Session | None:
             raise _NoSpeculation(str(err)) from None
         spec = CommonSpeculative(target, drafter, n_draft=depth, within=GPU_BLOCK if alone else None)
         spec.counters.exact = alone or (not on_gpu and why_not is None)
-        session = Session(llama, draft, spec, single_rows=1 if alone else SINGLE_ROWS)
+        depth_of = AdaptiveDepth(depth) if draft.adaptive and spec.counters.exact else None
+        session = Session(llama, draft, spec, depth=depth_of, single_rows=1 if alone else SINGLE_ROWS)
         on_error.pop_all()
     # The host's stack runs backwards: the head goes before the target.
     llama._stack.callback(session.close)

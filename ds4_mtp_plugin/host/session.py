@@ -10,6 +10,7 @@ token that nobody has asked for.
 from __future__ import annotations
 
 import sys
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 from ..draft import MAX_PRED_TOKENS, MtpDraft, attach, detach
 from ..engine import HIDDEN_ALL, HIDDEN_OFF, HIDDEN_OUTPUTS, EngineError
 from ..settings import current
-from ..speculation import CommonSpeculative, Verify
+from ..speculation import AdaptiveDepth, CommonSpeculative, Verify
 from .contract import Llama, State
 from .generation import Generation
 from .ledger import Ledger
@@ -37,6 +38,9 @@ _SEQ = 0
 # a signal handler, of another thread, of an aborted decode.
 _FAILURES = (EngineError, MemoryError)
 
+# First drafts in a row that were wrong, at which the app is told.
+_MISFIT = 100
+
 _T = TypeVar("_T")
 
 
@@ -49,16 +53,26 @@ class Session:
     """
 
     def __init__(
-        self, llama: Llama, draft: MtpDraft, spec: CommonSpeculative, *, single_rows: int = SINGLE_ROWS
+        self,
+        llama: Llama,
+        draft: MtpDraft,
+        spec: CommonSpeculative,
+        *,
+        depth: AdaptiveDepth | None = None,
+        single_rows: int = SINGLE_ROWS,
     ) -> None:
         """
         Args:
+            depth: chooses the number of drafts of each cycle; None for as many as there is room for.
             single_rows: rows that the engine computes as if each were alone, wherever they lie.
         """
         # The Llama holds its session: a strong reference back would keep a dropped Llama's memory until a collection.
         self._llama = weakref.ref(llama)
         self._draft = draft
         self._spec = spec
+        self._depth = depth
+        # The position that a draft which was not verified is for, and that draft.
+        self._unverified: tuple[int, int] | None = None
         self._ledger = Ledger(single_rows)
         # The verify of the target's last decode; None where that was no verify.
         self._verify: Verify | None = None
@@ -127,8 +141,12 @@ class Session:
             if generation.drafting and self._speculate(llama, int(token), generation):
                 return
             self._spec.counters.plain += 1
-        else:
-            self.settle()
+            t0 = time.perf_counter()
+            self._eval_chunk(llama, host_eval, tokens, keep=1)
+            if self._depth is not None and generation.drafting:
+                self._depth.decoded(1, time.perf_counter() - t0)
+            return
+        self.settle()
         # Without tokens the prompt is there to its last one, whose row of logits stays the one it is.
         for i in range(0, len(tokens), llama.n_batch):
             chunk = tokens[i : i + llama.n_batch]
@@ -218,9 +236,12 @@ class Session:
 
     def _count(self, llama: Llama, token: int) -> None:
         """The host's sampler chose `token`: count the draft for it if there was one."""
-        verify = self._verify
+        verify, unverified, self._unverified = self._verify, self._unverified, None
         if verify is None or verify.expected is None:
+            if self._depth is not None and unverified is not None and unverified[0] == llama.n_tokens:
+                self._observe(0, unverified[1] == token)
             return
+        self._observe(verify.row, verify.expected == token)
         if verify.expected == token:
             self._spec.counters.accepted(verify.row)
         elif current().log:
@@ -228,6 +249,18 @@ class Session:
                 f"ds4_mtp_plugin: mtp miss: position={llama.n_tokens} depth={verify.row + 1} "
                 f"drafted={verify.expected} sampled={token}",
                 file=sys.stderr,
+            )
+
+    def _observe(self, position: int, right: bool) -> None:
+        if self._depth is None:
+            return
+        self._depth.outcome(position, right)
+        if self._depth.misses == _MISFIT:
+            warnings.warn(
+                f"MtpDraft: {_MISFIT} first drafts in a row were wrong, so {self._draft.model_path} gains nothing. Is "
+                "it the head of this very model (ds4-mtp doctor compares the files), and not one of too few bits?",
+                RuntimeWarning,
+                stacklevel=2,
             )
 
     def _forget(self) -> None:
@@ -252,13 +285,25 @@ class Session:
         n_past = llama.n_tokens
         if self._spec.target.seq_pos_max(_SEQ) != n_past - 1:
             return False  # the app changed one of them: what a plain run makes of that is the host's affair
+        depth, n_max = self._depth, generation.room(n_past, len(llama.input_ids))
+        if depth is not None:
+            n_max = depth.choose(n_max) or int(depth.probing)
+        if n_max == 0:
+            return False
+        t0 = time.perf_counter()
         try:
-            drafts = self._spec.draft(_SEQ, n_past, token, generation.room(n_past, len(llama.input_ids)))
+            drafts = self._spec.draft(_SEQ, n_past, token, n_max)
         except _FAILURES as err:
             self._give_up(llama, f"drafting failed: {err}")
             return False
         if not drafts:
             return False
+        if depth is not None:
+            depth.drafted(len(drafts), time.perf_counter() - t0)
+            if depth.probing:
+                self._unverified = n_past + 1, drafts[0]
+                return False
+        t0 = time.perf_counter()
         try:
             with self._ledger.changing():
                 self._verify = self._spec.verify(_SEQ, n_past, token, drafts)
@@ -267,6 +312,8 @@ class Session:
             # A decode that failed may have used up a pending rollback: nothing in memory can be relied on.
             self._give_up(llama, f"verifying failed: {err}", reevaluate=True)
             return False
+        if depth is not None:
+            depth.decoded(len(drafts) + 1, time.perf_counter() - t0)
         return True
 
     def _commit(self, llama: Llama, token: int, verify: Verify) -> None:

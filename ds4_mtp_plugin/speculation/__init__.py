@@ -1,7 +1,7 @@
 """Speculation over an engine's contexts: the cycle, what proposes tokens, how many. Knows no host runtime."""
 
 from .common_speculative import CommonSpeculative, RollbackRefused, Verify
-from .depth import Gate
+from .depth import AdaptiveDepth, Gate
 from .drafters import Drafter, MtpDrafter
 
-__all__ = ["CommonSpeculative", "Drafter", "Gate", "MtpDrafter", "RollbackRefused", "Verify"]
+__all__ = ["AdaptiveDepth", "CommonSpeculative", "Drafter", "Gate", "MtpDrafter", "RollbackRefused", "Verify"]

@@ -1,11 +1,12 @@
-"""How many tokens to draft next: gates that end a draft early.
+"""How many tokens to draft next: a depth that is chosen by what is measured, and gates that end a draft early.
 
-A gate looks at the drafts alone, never at what the target would say, so it costs or saves time and cannot change a
-text.
+Neither looks at what the target would say, so both cost or save time and cannot change an exact text.
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from dataclasses import dataclass
 
 from ..engine import Best
@@ -30,3 +31,181 @@ class Gate:
 
     def passes(self, best: Best) -> bool:
         return best.prob >= self.p_min and best.margin >= self.margin
+
+
+# The share of drafts that are right, before any was seen, and how many observations that counts for.
+_PRIOR, _PRIOR_WEIGHT = 0.7, 2
+# The least weight of a new observation: some twenty drafts are remembered. Of a probe's, which are few.
+_WEIGHT, _PROBE_WEIGHT = 0.1, 0.3
+# What a deeper draft that was not tried lately is believed to be, of the one before it, and how fast.
+_DEEPER, _LIFT = 0.95, 0.02
+# Another depth has to promise so much more.
+_HYSTERESIS = 0.03
+# What looking again may cost on average; how many looks may be owed while they are right; and how many are free where
+# drafts paid for some time until now.
+_PROBE_SHARE, _PROBES_OWED, _PROBES_FREE, _SOME_TIME = 0.01, 6, 4, 16
+# Decodes of one size whose median counts, and the fewest that are believed at first. After so many cycles a single row
+# is timed again, after so many single rows all the others.
+_RECENT, _BELIEVED, _REFRESH, _REFRESH_VERIFY = 9, 3, 256, 1024
+
+
+class _Times:
+    """Seconds of the last decodes of one size."""
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=_RECENT)
+        self.n = 0
+        self.median = self.least = math.inf
+
+    def add(self, seconds: float) -> None:
+        self._recent.append(seconds)
+        ordered = sorted(self._recent)
+        self.n, self.median, self.least = self.n + 1, ordered[len(ordered) // 2], ordered[0]
+
+
+class AdaptiveDepth:
+    """The depth at which a token costs least, by measured times and by how often drafts were right of late.
+
+    With a1, a2, ... the share of drafts at a position that are right where all before them were, a cycle of k drafts
+    gives 1 + a1 + a1 a2 + ... tokens, and takes the time of its k head steps and of a decode of k + 1 rows. Times are
+    running medians of the real ones, by size. They are no straight line, so all depths are compared, 0 among them. At 0
+    nothing is verified; from time to time the head is asked for one token, which is compared with the one that comes.
+
+    One object serves one Llama, over all of its generations. It reads no clock: whoever decodes tells it.
+    """
+
+    def __init__(self, n_max: int) -> None:
+        self.n_max = n_max
+        self._decodes: dict[int, _Times] = {}  # by number of rows
+        self._drafts: dict[int, _Times] = {}  # by number of drafts
+        self._enough = _BELIEVED
+        self._begun: set[tuple[str, int]] = set()  # whose first time was dropped: it builds graphs
+        self._rates = [_PRIOR * _DEEPER**i for i in range(n_max)]
+        self._seen = [0] * n_max
+        self._current = n_max
+        self._cycles = 0  # since a single row was timed
+        self._cycles_drafted = 0  # since there was no drafting
+        self._idle = 0  # single rows since the last draft
+        self._singles = 0  # single rows since the last verify
+        self._budget = 0.0  # seconds that probes may take; below 0 they are owed
+        self._probe = 0.0  # seconds that the last one took
+        self._promising = False  # it was right
+        self.probing = False
+        self.misses = 0  # first drafts in a row that were wrong
+
+    def choose(self, room: int) -> int:
+        """How many tokens to draft next, at most `room`: 0 for a plain decode.
+
+        Where that leaves `probing` True, one token is to be drafted all the same, and not verified.
+        """
+        room, self.probing = min(room, self.n_max), False
+        if room < 1 or 1 not in self._decodes or self._cycles >= _REFRESH:
+            return 0
+        values = [self._value(k) for k in range(room + 1)]
+        best = max(range(room + 1), key=values.__getitem__)
+        if self._current <= room and values[best] <= values[self._current] * (1 + _HYSTERESIS):
+            best = self._current
+        if best > 0:
+            self._current = best
+            return best
+        if self._current > 0:
+            paid = self._cycles_drafted >= _SOME_TIME
+            self._current, self._cycles_drafted = 0, 0
+            self._budget = _PROBES_FREE * self._draft(1) if paid else min(self._budget, 0.0)
+        least = -_PROBES_OWED * self._probe if self._promising else 0.0
+        self.probing = self._budget > least and self._could_pay(room)
+        return 0
+
+    def drafted(self, n: int, seconds: float) -> None:
+        """The head made n drafts in so many seconds."""
+        if self.probing:
+            self._probe = seconds
+            self._budget -= seconds
+            if seconds < self._draft(1):  # in spite of what it had to catch up with
+                self._note(self._drafts, "draft", 1, seconds)
+        elif self._idle == 0:  # else it had to catch up with rows of plain decodes
+            self._note(self._drafts, "draft", n, seconds)
+        self._idle = 0
+
+    def decoded(self, n_rows: int, seconds: float) -> None:
+        """The target decoded so many rows in so many seconds: one row plainly, or a verify."""
+        self._note(self._decodes, "decode", n_rows, seconds)
+        if n_rows == 1:
+            self._cycles = 0
+            self._idle += 1
+            self._singles += 1
+            if self._singles % _REFRESH_VERIFY == 0:  # a hiccup of the machine is not believed for ever
+                self._decodes = {1: self._decodes[1]}
+                self._drafts.clear()
+                self._enough = 1
+            self._budget += _PROBE_SHARE * seconds
+        else:
+            self._singles = 0
+            self._cycles += 1
+            self._cycles_drafted += 1
+
+    def outcome(self, position: int, right: bool) -> None:
+        """The draft at `position` (from 0), all before which were right, was the next token or was not."""
+        self._seen[position] += 1
+        least = _PROBE_WEIGHT if self.probing else _WEIGHT
+        weight = max(least, 1 / (self._seen[position] + _PRIOR_WEIGHT))
+        self._rates[position] += weight * (right - self._rates[position])
+        if position == 0:
+            self.misses = 0 if right else self.misses + 1
+        deeper = position + 1
+        if right and deeper < self.n_max and deeper >= self._current:
+            believed = _DEEPER * self._rates[position]
+            if self._seen[deeper] == 0:
+                self._rates[deeper] = believed
+            else:
+                self._rates[deeper] += _LIFT * max(0.0, believed - self._rates[deeper])
+        if self.probing:
+            self.probing, self._promising = False, right
+
+    # -- inside --
+
+    def _note(self, times: dict[int, _Times], kind: str, n: int, seconds: float) -> None:
+        if (kind, n) in self._begun:
+            times.setdefault(n, _Times()).add(seconds)
+        self._begun.add((kind, n))
+
+    def _value(self, k: int) -> float:
+        """Tokens per second at a depth."""
+        tokens = share = 1.0
+        for rate in self._rates[:k]:
+            share *= rate
+            tokens += share
+        return tokens / (self._decode(k + 1) + self._draft(k))
+
+    def _could_pay(self, room: int) -> bool:
+        """Whether any depth would, were every draft right."""
+        single = self._decode(1)
+        return any((k + 1) * single > self._decode(k + 1) + self._draft(k) for k in range(1, room + 1))
+
+    def _decode(self, n_rows: int) -> float:
+        """Seconds of a decode: measured, or a little less than what the measured ones suggest, so that it is tried."""
+        times = self._decodes.get(n_rows)
+        if times is not None and (n_rows == 1 or times.n >= self._enough):
+            return times.median
+        return min(self._guess(n_rows), times.least if times is not None else math.inf)
+
+    def _guess(self, n_rows: int) -> float:
+        believed = {n: times.median for n, times in self._decodes.items() if n == 1 or times.n >= self._enough}
+        below = max(n for n in believed if n < n_rows)
+        above = min((n for n in believed if n > n_rows), default=None)
+        if above is not None:
+            slope = 0.4 * (believed[above] - believed[below]) / (above - below)
+        elif below > 1:
+            slope = 0.8 * (believed[below] - believed[1]) / (below - 1)
+        else:
+            slope = 0.15 * believed[1]
+        return believed[below] + max(0.0, slope) * (n_rows - below)
+
+    def _draft(self, k: int) -> float:
+        if k == 0:
+            return 0.0
+        believed = {n: times.median for n, times in self._drafts.items() if times.n >= self._enough}
+        if believed:
+            known = min(believed, key=lambda n: abs(n - k))
+            return believed[known] * k / known
+        return k * min(0.1 * self._decode(1), *(times.least / n for n, times in self._drafts.items()), math.inf)

@@ -191,7 +191,7 @@ def run(options, draft):
     return [tokens, error]
 
 for options in cases:
-    draft = MtpDraft(head)
+    draft = MtpDraft(head, num_pred_tokens=2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         drafted = run(options, draft)

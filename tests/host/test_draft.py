@@ -69,7 +69,7 @@ def test_options_of_other_types_are_taken_for_what_they_are(
     draft = MtpDraft(os.fsencode(head), num_pred_tokens=np.int64(3), p_min=np.float32(0.5), margin=1)
     assert (draft.model_path, draft.num_pred_tokens, draft.p_min, draft.margin) == (str(head), 3, 0.5, 1.0)
     assert type(draft.num_pred_tokens) is int and type(draft.p_min) is type(draft.margin) is float
-    assert MtpDraft(head, num_pred_tokens=None).num_pred_tokens == 2
+    assert MtpDraft(head, num_pred_tokens=None).num_pred_tokens == 3
     monkeypatch.setenv("HOME", str(head.parent))
     assert MtpDraft(f"~/{head.name}").model_path == str(head)
 
@@ -95,7 +95,11 @@ def test_a_path_through_a_symbolic_link_is_the_systems_own(plant: Plant, tmp_pat
 
 def test_options_are_fixed_and_shown(plant: Plant) -> None:
     head = plant().mtp
-    assert repr(MtpDraft(head)) == f"MtpDraft({str(head)!r})"
+    assert repr(MtpDraft(head)) == repr(MtpDraft(head, num_pred_tokens=3, adaptive=True)) == f"MtpDraft({str(head)!r})"
+    assert repr(MtpDraft(head, num_pred_tokens=2)) == f"MtpDraft({str(head)!r}, num_pred_tokens=2)"
+    assert repr(MtpDraft(head, adaptive=False)) == f"MtpDraft({str(head)!r}, num_pred_tokens=3)"
+    draft = MtpDraft(head, num_pred_tokens=5, adaptive=True)
+    assert repr(draft) == f"MtpDraft({str(head)!r}, num_pred_tokens=5, adaptive=True)"
     draft = MtpDraft(head, num_pred_tokens=3, margin=2.0)
     assert repr(draft) == f"MtpDraft({str(head)!r}, num_pred_tokens=3, margin=2.0)"
     for name in ("model_path", "num_pred_tokens", "p_min", "report"):
@@ -118,7 +122,7 @@ def test_a_head_of_another_model_is_refused(llama: Make, plant: Plant) -> None:
 
 def test_a_draft_serves_one_llama_at_a_time(llama: Make, plant: Plant) -> None:
     files = plant()
-    draft = MtpDraft(files.mtp)
+    draft = MtpDraft(files.mtp, num_pred_tokens=2)
     first = llama(files.trunk, draft_model=draft)
     with pytest.raises(ValueError, match="in use by another Llama"):
         llama(files.trunk, draft_model=draft)
@@ -165,7 +169,7 @@ def test_zero_tokens_draft_none(llama: Make, plant: Plant) -> None:
 def test_where_speculation_has_no_place_it_stays_off(llama: Make, plant: Plant, options: dict[str, bool]) -> None:
     files = plant()
     with pytest.warns(RuntimeWarning, match="no speculation"):
-        llm = llama(files.trunk, draft_model=MtpDraft(files.mtp), **options)
+        llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=2), **options)
     assert "_ds4_mtp" not in llm.__dict__
 
 
@@ -173,7 +177,7 @@ def test_stats_outlive_the_llama_and_the_report_is_printed(
     llama: Make, plant: Plant, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = plant()
-    draft = MtpDraft(files.mtp, report=True)
+    draft = MtpDraft(files.mtp, num_pred_tokens=2, report=True)
     llm = llama(files.trunk, draft_model=draft)
     generate(llm, [300], 30)
     stats = draft.stats
@@ -182,7 +186,7 @@ def test_stats_outlive_the_llama_and_the_report_is_printed(
     llm.close()
     assert draft.stats == stats
     assert capsys.readouterr().err.count(f"ds4_mtp_plugin: {stats}\n") == 1
-    quiet = llama(files.trunk, draft_model=MtpDraft(files.mtp))
+    quiet = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=2))
     generate(quiet, [300], 30)
     quiet.close()
     assert "mtp accept" not in capsys.readouterr().err
@@ -193,7 +197,7 @@ def test_a_dropped_llama_is_freed_at_once(plant: Plant) -> None:
     gc.collect()
     gc.disable()
     try:
-        llm = Llama(str(files.trunk), n_ctx=512, verbose=False, draft_model=MtpDraft(files.mtp))
+        llm = Llama(str(files.trunk), n_ctx=512, verbose=False, draft_model=MtpDraft(files.mtp, num_pred_tokens=2))
         generate(llm, [300], 10)
         gone = weakref.ref(llm)
         del llm
@@ -310,7 +314,7 @@ def test_memory_refused_for_the_head_leaves_a_plain_llama(
         else:
             name = {"the model": "llama_model_load_from_file", "a context": "llama_init_from_model"}[what]
             patch.setattr(engine.Library, "lib", property(lambda _: Refusing(lib, name)), raising=False)
-        draft = MtpDraft(files.mtp)
+        draft = MtpDraft(files.mtp, num_pred_tokens=2)
         with pytest.warns(RuntimeWarning, match="no speculation: the engine could not") as caught:
             llm = llama(files.trunk, draft_model=draft)
     assert len(caught) == 1
@@ -544,7 +548,7 @@ def test_an_interrupt_inside_a_cycle_is_survived(
 
 def test_an_app_may_take_the_draft_away_and_put_it_back(llama: Make, plant: Plant) -> None:
     files = plant(**BY_CONTEXT)
-    draft = MtpDraft(files.mtp)
+    draft = MtpDraft(files.mtp, num_pred_tokens=2)
     llm = llama(files.trunk, draft_model=draft)
     text = generate(llm, [300], 40)
     iters = draft.stats.iters
@@ -649,8 +653,8 @@ def test_a_warning_that_is_raised_leaves_a_whole_llama(
 
 def test_a_second_init_frees_the_first_head(llama: Make, plant: Plant) -> None:
     files = plant()
-    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp))
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=2))
     first = llm.draft_model
-    llm.__setstate__({**llm.__getstate__(), "draft_model": MtpDraft(files.mtp)})
+    llm.__setstate__({**llm.__getstate__(), "draft_model": MtpDraft(files.mtp, num_pred_tokens=2)})
     assert first._spec is None and llm.draft_model is not first
     assert generate(llm, [300], 20) == generate(llama(files.trunk), [300], 20)

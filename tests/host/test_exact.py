@@ -30,7 +30,7 @@ PROMPT = np.random.default_rng(3).integers(260, 500, 45).tolist()
 @pytest.mark.parametrize("exact", [None, False, True])
 def test_on_the_cpu_it_is_promised(llama: Make, plant: Plant, exact: bool | None) -> None:
     files = plant(acceptance=1.0)
-    llm = llama(files.trunk, n_gpu_layers=0, draft_model=MtpDraft(files.mtp, exact=exact))
+    llm = llama(files.trunk, n_gpu_layers=0, draft_model=MtpDraft(files.mtp, num_pred_tokens=2, exact=exact))
     assert llm.draft_model.stats.exact
 
 
@@ -59,8 +59,8 @@ def test_on_a_gpu_that_was_tested_it_is_promised_as_far_as_it_holds(
         llama(files.trunk, **options, draft_model=MtpDraft(files.mtp, num_pred_tokens=5, exact=True))
     options |= {"type_k": 8, "type_v": 8, "flash_attn": True}
     with pytest.raises(ValueError, match="holds for a cache of F16 alone"):
-        llama(files.trunk, **options, draft_model=MtpDraft(files.mtp, exact=True))
-    assert not llama(files.trunk, **options, draft_model=MtpDraft(files.mtp)).draft_model.stats.exact
+        llama(files.trunk, **options, draft_model=MtpDraft(files.mtp, num_pred_tokens=2, exact=True))
+    assert not llama(files.trunk, **options, draft_model=MtpDraft(files.mtp, num_pred_tokens=2)).draft_model.stats.exact
 
 
 def test_on_a_gpu_no_verify_lies_on_both_sides_of_a_mark(
@@ -91,7 +91,7 @@ def test_on_a_gpu_it_is_refused(llama: Make, plant: Plant, monkeypatch: pytest.M
     a_gpu(monkeypatch, rows=0)
     if by == "switch":
         monkeypatch.setattr(opening, "settings", lambda: settings.Settings(strict=True))
-    draft = MtpDraft(files.mtp, exact=True if by == "option" else None)
+    draft = MtpDraft(files.mtp, num_pred_tokens=2, exact=True if by == "option" else None)
     with pytest.raises(ValueError, match=r"exact=True .* cannot be promised here: .*n_gpu_layers=-1"):
         llama(files.trunk, n_gpu_layers=-1, draft_model=draft)
     assert llama(files.trunk, n_gpu_layers=0, draft_model=draft).draft_model.stats.exact
@@ -100,10 +100,10 @@ def test_on_a_gpu_it_is_refused(llama: Make, plant: Plant, monkeypatch: pytest.M
 def test_a_verify_that_may_go_to_a_gpu_is_refused(llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     files = plant(acceptance=1.0)
     monkeypatch.setenv("GGML_OP_OFFLOAD_MIN_BATCH", "2")
-    assert llama(files.trunk, draft_model=MtpDraft(files.mtp, exact=True)).draft_model.stats.exact
+    assert llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=2, exact=True)).draft_model.stats.exact
     monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
     with pytest.raises(ValueError, match="cannot be promised here: GGML_OP_OFFLOAD_MIN_BATCH is set"):
-        llama(files.trunk, draft_model=MtpDraft(files.mtp, exact=True))
+        llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=2, exact=True))
 
 
 def test_a_gpu_without_the_promise_is_no_error_and_said(
@@ -111,7 +111,7 @@ def test_a_gpu_without_the_promise_is_no_error_and_said(
 ) -> None:
     files = plant(acceptance=1.0)
     a_gpu(monkeypatch, rows=0)
-    llm = llama(files.trunk, n_gpu_layers=2, draft_model=MtpDraft(files.mtp))
+    llm = llama(files.trunk, n_gpu_layers=2, draft_model=MtpDraft(files.mtp, num_pred_tokens=2))
     assert not llm.draft_model.stats.exact and llm.draft_model.stats.depth == 2
 
 
@@ -119,7 +119,7 @@ def test_a_cpu_that_nobody_looked_at_is_refused(llama: Make, plant: Plant, monke
     files = plant(acceptance=1.0)
     monkeypatch.setattr("platform.machine", lambda: "ppc64le")
     with pytest.raises(ValueError, match="cannot be promised here: it was tested on no CPU of this kind .ppc64le."):
-        llama(files.trunk, draft_model=MtpDraft(files.mtp, exact=True))
+        llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=2, exact=True))
 
 
 def test_the_widest_verify_is_as_wide_as_the_engine_computes_alone() -> None:
@@ -195,7 +195,7 @@ def test_a_loaded_state_is_evaluated_again_as_it_was(llama: Make, plant: Plant, 
     text = np.random.default_rng(4).integers(260, 500, 200).tolist()
 
     def make(draft: bool = True) -> Llama:
-        return llama(files.trunk, draft_model=MtpDraft(files.mtp) if draft else None)
+        return llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=2) if draft else None)
 
     source = make(saved_by == "a draft")
     source.eval(text[:70])

@@ -98,7 +98,7 @@ def test_a_model_can_be_quantised_and_runs_with_its_draft(llama: Make, plant: Pl
     status = llama_cpp.llama_model_quantize(str(files.trunk).encode(), str(target).encode(), ctypes.byref(params))
     assert status == 0 and target.stat().st_size < files.trunk.stat().st_size
     prompt = files.cycle[:3].tolist()
-    draft = MtpDraft(files.mtp)
+    draft = MtpDraft(files.mtp, num_pred_tokens=2)
     assert generate(llama(target, draft_model=draft), prompt, 60) == files.follow(prompt[-1], 60)
     assert draft.stats.rate > 0.5
 
@@ -130,7 +130,7 @@ def test_the_host_is_granted_the_removals_that_it_is_granted_plainly(llama: Make
     """The snapshots are for verifies; a prompt kept in part would be evaluated in other batches than a plain run's."""
     files = plant()
     granted = []
-    for options in ({}, {"draft_model": MtpDraft(files.mtp)}):
+    for options in ({}, {"draft_model": MtpDraft(files.mtp, num_pred_tokens=2)}):
         llm = llama(files.trunk, **options)
         llm.eval([300, 301, 302, 303, 304])
         granted.append([llm._ctx.kv_cache_seq_rm(-1, p0, -1) for p0 in (4, 3, 1, 5, 7, 0)])
@@ -234,7 +234,7 @@ def test_an_adapter_changes_the_text_as_it_does_plainly(llama: Make, plant: Plan
 
 def test_two_llamas_share_one_engine(llama: Make, plant: Plant) -> None:
     files = plant(acceptance=0.8)
-    drafted = [llama(files.trunk, draft_model=MtpDraft(files.mtp)) for _ in range(2)]
+    drafted = [llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=2)) for _ in range(2)]
     streams = [llm.generate([int(files.cycle[i])], temp=0.0) for i, llm in enumerate(drafted)]
     texts: list[list[int]] = [[], []]
     for _ in range(60):

@@ -212,7 +212,9 @@ def test_a_llama_and_a_generation_are_collected_together(plant: Plant, recwarn: 
     before, sys.unraisablehook = sys.unraisablehook, ignored.append
     try:
         for n in range(1, 8):
-            llm: Any = Llama(str(files.trunk), n_ctx=256, verbose=False, draft_model=MtpDraft(files.mtp))
+            llm: Any = Llama(
+                str(files.trunk), n_ctx=256, verbose=False, draft_model=MtpDraft(files.mtp, num_pred_tokens=2)
+            )
             generation = llm.generate(PROMPT, temp=0.0)
             for _ in range(n):
                 next(generation)
@@ -445,13 +447,13 @@ def test_a_draft_that_would_do_nothing_is_refused(llama: Make, plant: Plant) -> 
     files = plant(**BY_CONTEXT)
     plain = llama(files.trunk)
     with pytest.raises(ValueError, match=r"pass it to the constructor, Llama\(\.\.\., draft_model=MtpDraft"):
-        plain.draft_model = MtpDraft(files.mtp)
+        plain.draft_model = MtpDraft(files.mtp, num_pred_tokens=2)
     assert plain.draft_model is None
     plain.draft_model = lookup = LlamaPromptLookupDecoding()  # the host's own affair
     assert plain.draft_model is lookup
-    draft = MtpDraft(files.mtp)
+    draft = MtpDraft(files.mtp, num_pred_tokens=2)
     llm = llama(files.trunk, draft_model=draft)
-    for other in (MtpDraft(files.mtp), LlamaPromptLookupDecoding(), "x.gguf"):
+    for other in (MtpDraft(files.mtp, num_pred_tokens=2), LlamaPromptLookupDecoding(), "x.gguf"):
         with pytest.raises(ValueError, match="was made for its own MtpDraft"):
             llm.draft_model = other
     assert llm.draft_model is draft
@@ -479,7 +481,7 @@ def test_the_import_leaves_the_environment_as_it_was() -> None:
 def test_a_pickle_finds_the_library_where_nothing_of_us_is_imported(plant: Plant, tmp_path: Path) -> None:
     """As a child that multiprocessing starts anew: the host alone would not find its library there."""
     files = plant()
-    llm = Llama(str(files.trunk), n_ctx=256, verbose=False, draft_model=MtpDraft(files.mtp))
+    llm = Llama(str(files.trunk), n_ctx=256, verbose=False, draft_model=MtpDraft(files.mtp, num_pred_tokens=2))
     (tmp_path / "llama.pickle").write_bytes(pickle.dumps(llm))
     llm.close()
     code = (

@@ -45,7 +45,7 @@ def test_the_disable_switch_leaves_a_plain_llama(
     files = plant(**BY_CONTEXT)
     switch("DS4_MTP_SPEC_DISABLE", "1")
     contexts = decodes_of(monkeypatch)
-    draft = MtpDraft(files.mtp)
+    draft = MtpDraft(files.mtp, num_pred_tokens=2)
     llm = llama(files.trunk, draft_model=draft)
     assert generate(llm, [300, 301], 60) == generate(llama(files.trunk), [300, 301], 60)
     assert contexts == [] and draft._spec is None  # no head is even loaded
@@ -58,7 +58,7 @@ def test_the_report_switch_prints_ds4s_line(
 ) -> None:
     files = plant()
     switch("DS4_MTP_ACCEPT_REPORT", "1")
-    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp))
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=2))
     generate(llm, [300], 30)
     llm.close()
     assert "mtp accept: iters=10 proposed=20 accepted=" in capsys.readouterr().err
@@ -69,7 +69,7 @@ def test_the_log_switch_prints_a_line_for_every_rejected_draft(
 ) -> None:
     files = plant(acceptance=0.5)
     switch("DS4_MTP_SPEC_LOG", "1")
-    draft = MtpDraft(files.mtp)
+    draft = MtpDraft(files.mtp, num_pred_tokens=2)
     prompt = files.cycle[:3].tolist()
     text = generate(llama(files.trunk, draft_model=draft), prompt, 60)
     lines = [line for line in capsys.readouterr().err.splitlines() if "mtp miss" in line]
@@ -148,7 +148,7 @@ def test_text_that_is_not_drafted_for_costs_no_head_decode(
 ) -> None:
     """Prompts, an app's own loop of eval and sample, a state saved and loaded: the head does nothing."""
     files = plant(**BY_CONTEXT)
-    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp))
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=2))
     contexts = decodes_of(monkeypatch)
     llm.eval(np.random.default_rng(0).integers(260, 500, 300).tolist())
     for _ in range(20):

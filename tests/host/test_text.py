@@ -133,7 +133,7 @@ def test_logits_all_fills_the_same_scores(llama: Make, plant: Plant) -> None:
 
 def test_without_logits_all_no_score_is_kept(llama: Make, plant: Plant) -> None:
     files = plant()
-    llm = llama(files.trunk, n_batch=64, draft_model=MtpDraft(files.mtp))
+    llm = llama(files.trunk, n_batch=64, draft_model=MtpDraft(files.mtp, num_pred_tokens=2))
     assert llm._logits_all is False
     generate(llm, files.cycle[:200].tolist(), 20)
     assert llm.scores.shape[0] == 64  # the host's own size, n_batch rows, not a row for every position
@@ -374,7 +374,7 @@ def test_hidden_rows_are_kept_however_a_prompt_is_cut(llama: Make, plant: Plant,
     """They die at the next decode, and most of a window may be older than the last one."""
     files = plant(**BY_CONTEXT)
     prompt = np.random.default_rng(7).integers(260, 500, 301).tolist()
-    llm = llama(files.trunk, n_batch=n_batch, draft_model=MtpDraft(files.mtp))
+    llm = llama(files.trunk, n_batch=n_batch, draft_model=MtpDraft(files.mtp, num_pred_tokens=2))
     llm.eval(prompt[:200])
     llm.eval(prompt[200:])
     rows = llm._ds4_mtp._spec.drafter._sequences[0]

@@ -1,0 +1,164 @@
+"""A depth that is chosen by what is measured, in a Llama: the text is plain's, whatever is chosen."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from llama_cpp import Llama
+
+from ds4_mtp_plugin import MtpDraft, engine
+from ds4_mtp_plugin.host import session as session_module
+from ds4_mtp_plugin.host.wraps import session_of
+from ds4_mtp_plugin.speculation import AdaptiveDepth
+from tests.fixtures import GPU_LAYERS
+from tests.fixtures.planted import BY_CONTEXT, Planted
+from tests.text import generate
+
+Make = Callable[..., Llama]
+Plant = Callable[..., Planted]
+
+pytestmark = pytest.mark.skipif(GPU_LAYERS != 0, reason="a depth that the clock chooses is for exact text")
+
+
+class Scripted(AdaptiveDepth):
+    """Chooses what it is told to, in turn; "probe" for a draft that is not verified."""
+
+    def __init__(self, script: list[Any]) -> None:
+        super().__init__(4)
+        self._script, self.outcomes, self.times = script, [], []
+        self._turn = 0
+
+    def choose(self, room: int) -> int:
+        said = self._script[self._turn % len(self._script)]
+        self._turn += 1
+        self.probing = said == "probe"
+        return 0 if self.probing else min(said, room)
+
+    def outcome(self, position: int, right: bool) -> None:
+        self.outcomes.append((position, right))
+
+    def drafted(self, n: int, seconds: float) -> None:
+        self.times.append(("drafted", n))
+
+    def decoded(self, n_rows: int, seconds: float) -> None:
+        self.times.append(("decoded", n_rows))
+
+
+def script(llm: Llama, *said: Any) -> Scripted:
+    session = session_of(llm)
+    assert session is not None and session._depth is not None
+    session._depth = Scripted(list(said))
+    return session._depth
+
+
+@pytest.mark.parametrize("sampling", [{"temp": 0.0}, {"temp": 1.0}], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("acceptance", [0.0, 0.5, 1.0])
+def test_the_text_is_plain(llama: Make, plant: Plant, acceptance: float, sampling: dict[str, Any]) -> None:
+    files = plant(**BY_CONTEXT, acceptance=acceptance)
+    texts = []
+    for draft in (None, MtpDraft(files.mtp), MtpDraft(files.mtp, num_pred_tokens=4, adaptive=True)):
+        llm = llama(files.trunk, draft_model=draft, seed=3)
+        if draft is not None and draft.num_pred_tokens == 4:
+            script(llm, 3, 0, "probe", 1, 4, "probe", 0, 2)
+        texts.append(generate(llm, files.cycle[:30].tolist(), 200, **sampling))
+        if draft is not None:
+            assert sum(draft.stats.cycles_per_depth) > 0
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_every_decode_is_timed_and_every_draft_answered_for(llama: Make, plant: Plant) -> None:
+    files = plant(acceptance=1.0)
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=4, adaptive=True))
+    depth = script(llm, 0, "probe", 2, 1)
+    generate(llm, files.cycle[:30].tolist(), 15, temp=0.0)
+    # A token with nothing, a token with a draft that is only compared, three tokens of a verify, two of another.
+    cycle = [
+        ("decoded", 1),
+        ("drafted", 1),
+        ("decoded", 1),
+        ("drafted", 2),
+        ("decoded", 3),
+        ("drafted", 1),
+        ("decoded", 2),
+    ]
+    assert depth.times == (cycle * 3)[: len(depth.times)] and len(depth.times) >= len(cycle)
+    answers = [(0, True), (0, True), (1, True), (0, True)]
+    assert depth.outcomes == (answers * 4)[: len(depth.outcomes)] and len(depth.outcomes) >= len(answers)
+
+
+def test_a_wrong_draft_is_answered_for_where_it_was_only_compared_too(llama: Make, plant: Plant) -> None:
+    files = plant(acceptance=0.0)
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp))
+    depth = script(llm, "probe", 2)
+    generate(llm, files.cycle[:30].tolist(), 9, temp=0.0)
+    assert set(depth.outcomes) == {(0, False)} and len(depth.outcomes) == 8
+
+
+def test_a_comparison_that_a_generation_did_not_live_to_see_is_forgotten(llama: Make, plant: Plant) -> None:
+    files = plant(acceptance=1.0)
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp))
+    depth = script(llm, "probe")
+    prompt = files.cycle[:30].tolist()
+    tokens = llm.generate(prompt, temp=0.0)
+    for _ in range(3):
+        next(tokens)
+    seen = len(depth.outcomes)
+    tokens.close()
+    depth._script = [0]
+    generate(llm, files.cycle[100:140].tolist(), 5, temp=0.0)
+    assert len(depth.outcomes) == seen
+
+
+def test_what_is_asked_for_is_what_is_done(llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = plant(acceptance=1.0)
+
+    def chosen(**options: Any) -> int | None:
+        """The greatest depth that is chosen, None for a fixed one."""
+        session = session_of(llama(files.trunk, draft_model=MtpDraft(files.mtp, **options)))
+        assert session is not None
+        return None if session._depth is None else session._depth.n_max
+
+    assert chosen() == chosen(adaptive=True) == 3
+    assert chosen(num_pred_tokens=5) is None
+    assert chosen(num_pred_tokens=5, adaptive=True) == 5
+    assert chosen(adaptive=False) is None
+    assert MtpDraft(files.mtp, adaptive=False).num_pred_tokens == 3
+    with pytest.raises(TypeError, match="adaptive"):
+        MtpDraft(files.mtp, adaptive=3)  # type: ignore[arg-type]
+    monkeypatch.setattr("platform.machine", lambda: "ppc64le")
+    assert chosen() is None  # not exact: a rerun has to give the same text
+
+
+def test_a_head_that_is_never_right_is_named_once(llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "_MISFIT", 20)
+    files = plant(acceptance=0.0)
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=1, adaptive=True))
+    session = session_of(llm)
+    assert session is not None and session._depth is not None
+    monkeypatch.setattr(session._depth, "choose", lambda room: min(room, 1))
+    with pytest.warns(RuntimeWarning, match=r"20 first drafts in a row were wrong, so .*\.gguf gains nothing"):
+        generate(llm, files.cycle[:30].tolist(), 30, temp=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(llm, files.cycle[:30].tolist(), 60, temp=0.0)
+
+
+def test_a_failure_while_only_comparing_goes_on_plainly(
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = plant(acceptance=1.0)
+    expected = generate(llama(files.trunk), files.cycle[:30].tolist(), 20, temp=0.0)
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp))
+    script(llm, "probe")
+    session = session_of(llm)
+    assert session is not None
+
+    def draft(*args: Any) -> list[int]:
+        raise engine.EngineError("injected")
+
+    monkeypatch.setattr(session._spec.drafter, "draft", draft)
+    with pytest.warns(RuntimeWarning, match="drafting failed: injected"):
+        assert generate(llm, files.cycle[:30].tolist(), 20, temp=0.0) == expected
