@@ -66,9 +66,10 @@ class Contender:
 
 
 def contenders(mtp: Path, depths: Sequence[int] = (1, 2, 3)) -> list[Contender]:
-    """Plain decoding, the head at some depths, and the host's stock draft model."""
+    """Plain decoding, the head at the depth that it chooses and at fixed ones, and the host's stock draft model."""
     return [
         Contender("plain", dict),
+        Contender("automatic", lambda: {"draft_model": MtpDraft(mtp)}),
         *(
             Contender(f"mtp k={k}", lambda k=k: {"draft_model": MtpDraft(mtp, num_pred_tokens=k)})  # type: ignore[misc]
             for k in depths

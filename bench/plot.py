@@ -19,7 +19,13 @@ TITLES = {
     "test_planted_half_a_gigabyte[0.8]": "500 MB,\nacceptance .8",
     "test_planted_half_a_gigabyte[0.0]": "500 MB,\nnever accepted",
 }
-CONTENDERS = {"mtp k=1": "#1b5e9b", "mtp k=2": "#4f94cd", "mtp k=3": "#9cc5e8", "prompt lookup": "#b0b0b0"}
+CONTENDERS = {
+    "automatic": "#d95f02",
+    "mtp k=1": "#1b5e9b",
+    "mtp k=2": "#4f94cd",
+    "mtp k=3": "#9cc5e8",
+    "prompt lookup": "#b0b0b0",
+}
 
 
 def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:

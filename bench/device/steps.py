@@ -342,7 +342,9 @@ class WeighedServer(Weighed, ServerContender):
 
 def field(options: Options, mtp: Path) -> tuple[list[Contender], list[Contender]]:
     """Plain and ours; the server plain and with its own drafting."""
-    ours: list[Contender] = [Weighed(each.name, each.options) for each in contenders(mtp, DEPTHS)[:-1]]
+    ours: list[Contender] = [
+        Weighed(each.name, each.options) for each in contenders(mtp, DEPTHS)[:-1] if each.name != "automatic"
+    ]
     servers: list[Contender] = []
     for k in (0, *DEPTHS):
         name = f"server k={k}" if k else "server plain"
