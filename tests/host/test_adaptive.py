@@ -101,15 +101,24 @@ def test_a_comparison_that_a_generation_did_not_live_to_see_is_forgotten(llama: 
     files = plant(acceptance=1.0)
     llm = llama(files.trunk, draft_model=MtpDraft(files.mtp))
     depth = script(llm, "probe")
-    prompt = files.cycle[:30].tolist()
-    tokens = llm.generate(prompt, temp=0.0)
-    for _ in range(3):
-        next(tokens)
-    seen = len(depth.outcomes)
-    tokens.close()
+    seen, sample = 0, llm.sample
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen == 4:
+            raise KeyboardInterrupt  # before the token comes that the draft is to be compared with
+        return sample(*args, **kwargs)
+
+    llm.sample = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        generate(llm, files.cycle[:30].tolist(), 10, temp=0.0)
+    llm.sample = sample
+    answered = len(depth.outcomes)
+    assert seen == 4 and len(depth.times) > answered
     depth._script = [0]
     generate(llm, files.cycle[100:140].tolist(), 5, temp=0.0)
-    assert len(depth.outcomes) == seen
+    assert len(depth.outcomes) == answered
 
 
 def test_what_is_asked_for_is_what_is_done(llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
