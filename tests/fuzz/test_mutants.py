@@ -6,6 +6,8 @@ A seed that fails is run again, alone, by ``python -m tests.fuzz.run SEED``.
 from __future__ import annotations
 
 import collections
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -46,7 +48,8 @@ def test_a_process_that_dies_is_seen(tmp_path: Path) -> None:
 def test_a_process_that_hangs_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = planted(tmp_path / "sound", config=run.CONFIG, **BY_CONTEXT)
     with run.Worker(files.trunk, files.mtp, tmp_path) as worker:
-        monkeypatch.setattr(run, "TIME", 0.0)
+        os.kill(worker._process.pid, signal.SIGSTOP)  # else it may answer sooner than it is asked for an answer
+        monkeypatch.setattr(run, "TIME", 0.2)
         assert worker.run(1, True).outcome == "hang"
 
 
