@@ -215,12 +215,7 @@ def bits(options: Options) -> dict[str, Any]:
             with RowEngine(trunk, n_ctx=size, n_batch=512, n_ubatch=512, flash=flash) as engine:
                 if prompt:
                     engine.decode(tokens[:prompt])
-                at, found = prompt, []
-                while at < prompt + n:
-                    end = min(at + k, prompt + n, at // GPU_BLOCK * GPU_BLOCK + GPU_BLOCK if cut else prompt + n)
-                    found.append(engine.decode(tokens[at:end], at)[0])
-                    at = end
-            return np.concatenate(found)
+                return engine.decode_by(k, tokens[: prompt + n], prompt, within=GPU_BLOCK if cut else None)[0]
 
         for flash, prompt in itertools.product(flashes, prompts):
             alone = decode(prompt, 1, False, flash)

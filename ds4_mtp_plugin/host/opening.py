@@ -113,12 +113,9 @@ def admit(arguments: Mapping[str, Any]) -> Admission | None:
         if in_use(draft):
             raise ValueError("MtpDraft: this draft is in use by another Llama; give each Llama an MtpDraft of its own")
         check_pair(model_path, draft.model_path, arguments.get("kv_overrides") or {})
-        why = _why_not_exact(
-            arguments.get("n_gpu_layers", 0),
-            1 + min(draft.num_pred_tokens, MAX_PRED_TOKENS),
-            {kind for name in ("type_k", "type_v") if (kind := arguments.get(name)) is not None},
-        )
-        if _asks_for_exact(draft) and why:
+        caches = {kind for name in ("type_k", "type_v") if (kind := arguments.get(name)) is not None}
+        n_rows = 1 + min(draft.num_pred_tokens, MAX_PRED_TOKENS)
+        if _asks_for_exact(draft) and (why := _why_not_exact(arguments.get("n_gpu_layers", 0), n_rows, caches)):
             raise ValueError(
                 f"MtpDraft: exact=True (or DS4_MTP_STRICT) cannot be promised here: {why}. Without it the text is "
                 "near-greedy there"

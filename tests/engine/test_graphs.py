@@ -13,6 +13,7 @@ from tests.fixtures import GPU_LAYERS
 from tests.fixtures.planted import BY_CONTEXT, Planted
 
 Plant = Callable[..., Planted]
+Make = Callable[..., tuple[engine.Context, engine.Batch]]
 
 # Above the mark of 8 rows up to which graphs are kept, and back.
 IN_TURN = [1, 3, 1, 5, 3, 12, 1, 3, 12, 5, 2, 1]
@@ -30,57 +31,50 @@ def decode(context: engine.Context, batch: engine.Batch, sizes: Sequence[int]) -
     return llama_cpp.llama_perf_context(pointer).n_reused - before, np.stack(rows)
 
 
-@pytest.fixture(params=[False, True], ids=["target", "head"])
-def context(request: pytest.FixtureRequest, plant: Plant) -> Callable[..., tuple[engine.Context, engine.Batch]]:
-    """Makes a context and its batch."""
-    mtp, files = request.param, plant(**BY_CONTEXT)
-    path = str(files.mtp if mtp else files.trunk)
-    model = engine.Model(engine.Library(host.library_path()), path, load_mtp=mtp, n_gpu_layers=GPU_LAYERS)
-    request.addfinalizer(model.close)
+@pytest.fixture
+def make(request: pytest.FixtureRequest, plant: Plant) -> Make:
+    """Makes a context, of the target or of its head, and its batch."""
+    library, files = engine.Library(host.library_path()), plant(**BY_CONTEXT)
 
-    def make(n_rs_seq: int = 4) -> tuple[engine.Context, engine.Batch]:
+    def make(mtp: bool = False, n_rs_seq: int = 6) -> tuple[engine.Context, engine.Batch]:
+        path = str(files.mtp if mtp else files.trunk)
+        model = engine.Model(library, path, load_mtp=mtp, n_gpu_layers=GPU_LAYERS)
+        request.addfinalizer(model.close)
         sizes = {"n_ctx": 256, "n_batch": 16, "n_ubatch": 16, "n_threads": 1, "n_threads_batch": 1}
-        made = model.new_context(mtp=mtp, n_rs_seq=0 if mtp else n_rs_seq, **sizes)
-        request.addfinalizer(made.close)
-        batch = engine.Batch(16, n_embd_out=made.n_embd_out if mtp else 0)
+        context = model.new_context(mtp=mtp, n_rs_seq=0 if mtp else n_rs_seq, **sizes)
+        request.addfinalizer(context.close)
+        batch = engine.Batch(16, n_embd_out=context.n_embd_out if mtp else 0)
         if mtp:
             batch.embd[:] = np.random.default_rng(0).standard_normal(batch.embd.shape)
-        return made, batch
+        return context, batch
 
-    make.mtp = mtp  # type: ignore[attr-defined]
     return make
 
 
-def test_sizes_in_turn_take_their_graphs(context: Callable[..., tuple[engine.Context, engine.Batch]]) -> None:
-    reused, _ = decode(*context(), IN_TURN)
+@pytest.mark.parametrize("mtp", [False, True], ids=["target", "head"])
+def test_sizes_in_turn_take_their_graphs(make: Make, mtp: bool) -> None:
+    reused, _ = decode(*make(mtp), IN_TURN)
     assert reused == len(IN_TURN) - len(set(IN_TURN))
 
 
-def test_a_context_without_snapshots_is_as_it_was(
-    context: Callable[..., tuple[engine.Context, engine.Batch]],
-) -> None:
-    if context.mtp:  # type: ignore[attr-defined]
-        pytest.skip("a head speculates without them")
-    reused, _ = decode(*context(n_rs_seq=0), IN_TURN)
+def test_a_target_without_snapshots_is_as_it_was(make: Make) -> None:
+    reused, _ = decode(*make(n_rs_seq=0), IN_TURN)
     assert reused == 0
 
 
+@pytest.mark.parametrize("mtp", [False, True], ids=["target", "head"])
 def test_a_graph_that_was_kept_computes_what_a_new_one_does(
-    context: Callable[..., tuple[engine.Context, engine.Batch]], monkeypatch: pytest.MonkeyPatch
+    make: Make, mtp: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, kept = decode(*context(), IN_TURN)
+    _, kept = decode(*make(mtp), IN_TURN)
     monkeypatch.setenv("LLAMA_GRAPH_REUSE_DISABLE", "1")
-    reused, built = decode(*context(), IN_TURN)
+    reused, built = decode(*make(mtp), IN_TURN)
     assert reused == 0
     assert (kept == built).all()
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7])
-def test_one_size_takes_one_graph_wherever_its_rows_lie(plant: Plant, n: int) -> None:
+def test_one_size_takes_one_graph_wherever_its_rows_lie(make: Make, n: int) -> None:
     """A compressor's block of 4 positions ends once or twice in 5 rows: the graph is for both."""
-    model = engine.Model(engine.Library(host.library_path()), str(plant(**BY_CONTEXT).trunk), n_gpu_layers=GPU_LAYERS)
-    made = model.new_context(n_ctx=256, n_batch=8, n_ubatch=8, n_rs_seq=6, n_threads=1, n_threads_batch=1)
-    reused, _ = decode(made, engine.Batch(8), [n] * 20)
-    made.close()
-    model.close()
+    reused, _ = decode(*make(), [n] * 20)
     assert reused == 19

@@ -57,12 +57,7 @@ def decode(files: Planted, k: int, prompt: int = 0, **params: Any) -> Rows:
     with RowEngine(files.trunk, n_batch=max(prompt, k), **params) as rows:
         if prompt:
             rows.decode(TEXT[:prompt])
-        parts, at = [], prompt
-        while at < N:
-            end = at + k if GPU_ROWS is None else min(at + k, at // GPU_BLOCK * GPU_BLOCK + GPU_BLOCK)
-            parts.append(rows.decode(TEXT[at:end], at))
-            at = min(end, N)
-    logits, hidden = (np.concatenate(each) for each in zip(*parts))
+        logits, hidden = rows.decode_by(k, TEXT, prompt, within=GPU_ROWS and GPU_BLOCK)
     assert np.isfinite(logits).all() and np.ptp(logits) > 0
     return logits, hidden
 
