@@ -154,11 +154,7 @@ class AdaptiveDepth:
             self.misses = 0 if right else self.misses + 1
         deeper = position + 1
         if right and deeper < self.n_max and deeper >= self._current:
-            believed = _DEEPER * self._rates[position]
-            if self._seen[deeper] == 0:
-                self._rates[deeper] = believed
-            else:
-                self._rates[deeper] += _LIFT * max(0.0, believed - self._rates[deeper])
+            self._rates[deeper] += _LIFT * max(0.0, _DEEPER * self._rates[position] - self._rates[deeper])
         if self.probing:
             self.probing, self._promising = False, right
 

@@ -124,6 +124,21 @@ def test_a_drop_is_seen_within_ten_cycles() -> None:
     assert 0 in run.depths[before : before + 10]
 
 
+def test_a_head_that_is_never_right_is_dropped_after_few_drafts() -> None:
+    for seed in range(5):
+        run = Run(MACHINES["flash"], lambda n: TEXTS["never"], seed).until(40)
+        assert sum(k > 0 for k in run.depths) <= 14
+
+
+def test_deeper_drafts_are_tried_again_where_the_first_are_right() -> None:
+    """What was learned of them in a hard text is of no use in an easy one, and at depth 1 nothing new is learned."""
+    for seed in range(5):
+        run = Run(MACHINES["h100"], lambda n: (0.6, 0.05, 0.05) if n < 400 else (0.98, 0.98, 0.98), seed)
+        assert set(run.until(400).depths[-20:]) <= {0, 1}
+        run.until(1400)
+        assert max(run.depths[-20:]) == 3 and 1 not in run.depths[-20:]
+
+
 def test_single_rows_are_what_is_left_where_no_draft_can_pay_and_the_head_is_not_asked() -> None:
     machine = Machine((1, 3, 5, 7), 0.2)
     run = Run(machine, lambda n: (1.0, 1.0, 1.0)).until(500)
