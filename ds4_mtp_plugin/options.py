@@ -59,7 +59,10 @@ def real(name: str, value: Any, what: str, most: float = math.inf) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"MtpDraft: {name} is {value!r}, expected {what}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"MtpDraft: {name} is an integer that no float holds, expected {what}") from None
     if not 0 <= number <= most:
         raise ValueError(f"MtpDraft: {name} is {number:g}, expected {what}")
     return number

@@ -14,15 +14,16 @@ import signal
 import sys
 from typing import Any
 
-from . import EXIT_FAILED, EXIT_OK, EXIT_USAGE, arguments
+from . import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, arguments
 
 HELP = "an HTTP server with OpenAI's interface (llama_cpp.server) and MTP heads"
 
 _EXIT_TERMINATED = 128 + signal.SIGTERM
 EXITS = {
-    EXIT_OK: "stopped by Ctrl-C",
+    EXIT_OK: "stopped by Ctrl-C while it listened",
     EXIT_FAILED: "failed: a file or a setting does not fit, or the port is taken; stderr says why",
     EXIT_USAGE: "the command line is not understood, by this command or by the server",
+    EXIT_INTERRUPTED: "Ctrl-C before it listened",
     _EXIT_TERMINATED: "stopped by SIGTERM",
 }
 

@@ -124,7 +124,7 @@ def admit(arguments: Mapping[str, Any]) -> Admission | None:
 
 
 def depth_in_scope(params: ContextParams) -> int | None:
-    """Snapshots that a context needs which is being created now; None where no Llama with a draft creates it."""
+    """Rows that a context has to roll back which is being created now; None where no Llama with a draft creates it."""
     draft = _scope.get()
     return None if draft is None else _depth(draft, params)
 
@@ -177,10 +177,8 @@ def _why_not_exact(n_gpu_layers: int, n_rows: int, caches: AbstractSet[int]) -> 
 
 
 def _depth(draft: MtpDraft, params: ContextParams) -> int:
-    """Drafts per cycle. A verify takes one row more, and has to fit a micro-batch for its rows to be rolled back; one
-    row beyond that, because with n_ubatch == n_rs_seq + 1 the engine aborts where a batch finds no room
-    (src/llama-batch.cpp, split_equal) instead of refusing it."""
-    room = min(int(params.n_batch), int(params.n_ubatch)) - 2
+    """Drafts per cycle. A verify takes one row more, and has to fit a micro-batch for its rows to be rolled back."""
+    room = min(int(params.n_batch), int(params.n_ubatch)) - 1
     return max(0, min(draft.num_pred_tokens, MAX_PRED_TOKENS, room))
 
 
@@ -198,7 +196,7 @@ def _open(llama: Llama, draft: MtpDraft) -> Session | None:
         raise _NoSpeculation(f"the engine gives no hidden rows where it pools (pooling_type={llama.pooling_type()})")
     target = Context(library(), llama._ctx.ctx, owned=False)
     if target.n_rs_seq < depth:
-        raise _NoSpeculation("the engine could not create a context with snapshots (its log on stderr says why)")
+        raise _NoSpeculation("the engine could not create a context that can roll back (its log on stderr says why)")
     on_gpu, params = _on_gpu(llama.model_params.n_gpu_layers), llama.context_params
     why_not = _why_not_exact(llama.model_params.n_gpu_layers, depth + 1, {params.type_k, params.type_v})
     # A GPU's kernels that give the bits of single rows are slower, so they are for those who ask for them.

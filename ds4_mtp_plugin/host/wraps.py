@@ -32,7 +32,7 @@ _Host = Callable[..., Any]
 _SESSION = "_ds4_mtp"
 
 # On a context: that it was made for drafts, and why it refuses to decode.
-_SNAPSHOTS, _REFUSAL = "_ds4_mtp_snapshots", "_ds4_mtp_refusal"
+_ROLLS_BACK, _REFUSAL = "_ds4_mtp_rolls_back", "_ds4_mtp_refusal"
 
 # Behind the last row of any batch: the engine finds no row there.
 _NO_ROW = 1 << 30
@@ -208,9 +208,9 @@ def context_init(host: _Host, context: Context, *, model: Model, params: Any, ve
         except ValueError:
             if not params.n_rs_seq:
                 raise
-            params.n_rs_seq = 0  # perhaps there is memory for the context, if not for its snapshots
+            params.n_rs_seq = 0  # perhaps there is memory for the context, if not for longer rings
             host(context, model=model, params=params, verbose=verbose)
-        _fields(context)[_SNAPSHOTS] = True
+        _fields(context)[_ROLLS_BACK] = True
     if params.embeddings and (why := refuse_embeddings(model.model)):
         _fields(context)[_REFUSAL] = why
 
@@ -231,11 +231,11 @@ def settled(host: _Host, context: Context, *args: object, **kwargs: object) -> A
 
 
 def kv_cache_seq_rm(host: _Host, context: Context, seq_id: int, p0: int, p1: int) -> bool:
-    # Snapshots are for our own rollbacks. The host asks in order to keep a prompt's beginning; without a draft
+    # Rows can be taken back for our own sake. The host asks in order to keep a prompt's beginning; without a draft
     # the engine refuses that, and evaluating less than a plain run does would round otherwise than it.
     if (session := session_of(context)) is not None:
         session.settle()
-    if _SNAPSHOTS in _fields(context):
+    if _ROLLS_BACK in _fields(context):
         last = int(llama_memory_seq_pos_max(context.memory, max(seq_id, 0)))
         if 0 < p0 <= last:
             return False

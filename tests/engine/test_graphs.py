@@ -57,7 +57,7 @@ def test_sizes_in_turn_take_their_graphs(make: Make, mtp: bool) -> None:
     assert reused == len(IN_TURN) - len(set(IN_TURN))
 
 
-def test_a_target_without_snapshots_is_as_it_was(make: Make) -> None:
+def test_a_target_without_rollback_is_as_it_was(make: Make) -> None:
     reused, _ = decode(*make(n_rs_seq=0), IN_TURN)
     assert reused == 0
 

@@ -82,7 +82,7 @@ def last_line(done: subprocess.CompletedProcess[str]) -> Any:
         ({"n_ctx": 64, "num_pred_tokens": 16}, 16),
         ({"num_pred_tokens": 16}, 16),
         ({"num_pred_tokens": 1000}, 16),
-        ({"num_pred_tokens": 1000, "n_batch": 5, "n_ubatch": 4}, 2),
+        ({"num_pred_tokens": 1000, "n_batch": 5, "n_ubatch": 4}, 3),
     ],
     ids=str,
 )

@@ -42,6 +42,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("p_min", 1.5, ValueError, "p_min is 1.5, expected a probability, 0 to 1"),
         ("p_min", float("nan"), ValueError, "p_min is nan, expected a probability"),
         ("margin", "x", TypeError, "margin is 'x', expected a number of 0 or more"),
+        ("margin", 10**400, ValueError, "margin is an integer that no float holds, expected a number of 0"),
         ("margin", -1, ValueError, "margin is -1, expected a number of 0 or more"),
         ("exact", "yes", TypeError, "exact is 'yes', expected True or False"),
         ("report", 1, TypeError, "report is 1, expected True or False"),
@@ -296,7 +297,7 @@ def test_whatever_is_drafted_the_text_is_plain(
     assert (stats.failures, stats.iters > 70) == (0, what != "no token")
 
 
-@pytest.mark.parametrize("what", ["the model", "a context", "snapshots"])
+@pytest.mark.parametrize("what", ["the model", "a context", "rollback"])
 def test_memory_refused_for_the_head_leaves_a_plain_llama(
     llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -304,7 +305,7 @@ def test_memory_refused_for_the_head_leaves_a_plain_llama(
     plain = generate(llama(files.trunk), [300, 301, 302], 60)
     with monkeypatch.context() as patch:
         lib = engine.Library(host.library_path()).lib
-        if what == "snapshots":
+        if what == "rollback":
             create = llama_cpp._internals.llama_cpp.llama_init_from_model
             patch.setattr(
                 llama_cpp._internals.llama_cpp,

@@ -127,7 +127,7 @@ def test_a_chat_that_repeats_extends_and_edits_its_prompt(llama: Make, plant: Pl
 
 
 def test_the_host_is_granted_the_removals_that_it_is_granted_plainly(llama: Make, plant: Plant) -> None:
-    """The snapshots are for verifies; a prompt kept in part would be evaluated in other batches than a plain run's."""
+    """Rollback is for verifies; a prompt kept in part would be evaluated in other batches than a plain run's."""
     files = plant()
     granted = []
     for options in ({}, {"draft_model": MtpDraft(files.mtp, num_pred_tokens=2)}):

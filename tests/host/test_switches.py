@@ -49,7 +49,7 @@ def test_the_disable_switch_leaves_a_plain_llama(
     llm = llama(files.trunk, draft_model=draft)
     assert generate(llm, [300, 301], 60) == generate(llama(files.trunk), [300, 301], 60)
     assert contexts == [] and draft._spec is None  # no head is even loaded
-    assert llm.context_params.n_rs_seq == 0  # nor does the target keep snapshots
+    assert llm.context_params.n_rs_seq == 0  # nor can the target roll back
     assert llm.draft_model is draft
 
 

@@ -358,7 +358,7 @@ def test_the_end_of_the_context_is_the_plain_one(llama: Make, plant: Plant) -> N
         assert draft.stats.accepted > 100
 
 
-@pytest.mark.parametrize(("n_batch", "n_ubatch", "depth"), [(1, 1, 0), (8, 2, 0), (8, 3, 1), (8, 8, 3), (64, 4, 2)])
+@pytest.mark.parametrize(("n_batch", "n_ubatch", "depth"), [(1, 1, 0), (8, 2, 1), (8, 3, 2), (8, 8, 3), (64, 4, 3)])
 def test_a_small_batch_lowers_the_depth(llama: Make, plant: Plant, n_batch: int, n_ubatch: int, depth: int) -> None:
     files = plant(acceptance=0.8)
     prompt = files.cycle[:150].tolist()
