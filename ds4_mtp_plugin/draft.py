@@ -30,6 +30,8 @@ _MOST_BY_ITSELF = 3
 _MAX_THREADS = 512
 _INT32_MAX = 2**31 - 1  # the engine's type for layers
 
+_NO_TOKENS = np.array([], dtype=np.intc)
+
 _OPTIONS = (
     *("model_path", "num_pred_tokens", "adaptive", "exact", "p_min", "margin"),
     *("n_gpu_layers", "n_threads", "n_threads_batch", "report"),
@@ -136,7 +138,7 @@ class MtpDraft(LlamaDraftModel):  # type: ignore[misc, unused-ignore]
 
     def __call__(self, input_ids: npt.NDArray[np.intc], /, **kwargs: Any) -> npt.NDArray[np.intc]:
         """The host's stock protocol, which has no hidden rows to draft from: never any tokens."""
-        return np.array([], dtype=np.intc)
+        return _NO_TOKENS
 
     def __getstate__(self) -> dict[str, Any]:
         # Options only: a pickled Llama builds its contexts, and this draft's, anew.

@@ -140,6 +140,7 @@ class Session:
             self.settle()
             if generation.drafting and self._speculate(llama, int(token), generation):
                 return
+            self.settle()  # what a verify that failed has left is not known
             self._spec.counters.plain += 1
             t0 = time.perf_counter()
             self._eval_chunk(llama, host_eval, tokens, keep=1)
@@ -190,15 +191,14 @@ class Session:
             return  # under a generation that is only now dropped
         if self._ledger.under_way:
             return  # a collection amid a change dropped a generation; what is under way settles it too
+        try:
+            if self._ledger.sure and self._verify is not None and self._verify.open:
+                with self._ledger.changing():
+                    self._spec.accept(self._verify)
+        except _FAILURES as err:
+            self._give_up(str(err))
         if not self._ledger.sure:
             self._reevaluate(llama)
-        if self._verify is None or not self._verify.open:
-            return
-        try:
-            with self._ledger.changing():
-                self._spec.accept(self._verify)
-        except _FAILURES as err:
-            self._give_up(llama, str(err), reevaluate=True)
 
     def overtake(self) -> None:
         """Somebody decodes on the Llama's context: that finds the Llama's tokens in memory, and gives other rows."""
@@ -294,7 +294,7 @@ class Session:
         try:
             drafts = self._spec.draft(_SEQ, n_past, token, n_max)
         except _FAILURES as err:
-            self._give_up(llama, f"drafting failed: {err}")
+            self._give_up(f"drafting failed: {err}")
             return False
         if not drafts:
             return False
@@ -309,8 +309,7 @@ class Session:
                 self._verify = self._spec.verify(_SEQ, n_past, token, drafts)
                 self._commit(llama, token, self._verify)
         except _FAILURES as err:
-            # A decode that failed may have used up a pending rollback: nothing in memory can be relied on.
-            self._give_up(llama, f"verifying failed: {err}", reevaluate=True)
+            self._give_up(f"verifying failed: {err}")
             return False
         if depth is not None:
             depth.decoded(len(drafts) + 1, time.perf_counter() - t0)
@@ -351,7 +350,7 @@ class Session:
                 hidden = target.hidden_rows(len(chunk) - keep, keep)
                 self._spec.process(_SEQ, n_past, chunk, hidden)
             except _FAILURES as err:
-                self._give_up(llama, f"keeping hidden rows failed: {err}")
+                self._give_up(f"keeping hidden rows failed: {err}")
 
     def _reevaluate(self, llama: Llama) -> None:
         """What the engine's memory holds is not known: clear it and evaluate the Llama's tokens again, as they were.
@@ -363,7 +362,6 @@ class Session:
         if n_tokens < ledger.known:
             ledger.evaluated(n_tokens, 0)  # the app has cut its text
         known, large, batches = ledger.known, ledger.save(), list(ledger.batches())
-        running, self._running = self._running, None  # none of these is a token to draft behind
         try:
             self._forget()
             llama._ctx.kv_cache_clear()
@@ -381,16 +379,12 @@ class Session:
                 ledger.load(n_tokens, large)
                 ledger.sure = False
             raise
-        finally:
-            self._running = running
 
-    def _give_up(self, llama: Llama, why: str, *, reevaluate: bool = False) -> None:
+    def _give_up(self, why: str) -> None:
         """Decode plainly for the rest of this generation. The app is told once, and last: a warning may be raised."""
         if self._last is not None:
             self._last.drafting = False
         self._spec.counters.failures += 1
-        if reevaluate:
-            self._reevaluate(llama)
         if not self._warned:
             self._warned = True
             warnings.warn(f"MtpDraft: decoding plainly: {why}", RuntimeWarning, stacklevel=2)

@@ -106,7 +106,8 @@ def generate(host: _Host, llama: Llama, *args: object, **kwargs: object) -> Any:
     session = session_of(llama)
     if session is None:
         return host(llama, *args, **kwargs)
-    return session.generate(llama, host(WithoutDraft(llama), *args, **kwargs))
+    # The loop asks the draft_model for tokens, as the host's protocol has it, and an MtpDraft has none to give.
+    return session.generate(llama, host(llama, *args, **kwargs))
 
 
 def evaluate(host: _Host, llama: Llama, *args: object, **kwargs: object) -> None:
@@ -146,26 +147,6 @@ _NOT_ONE: Any = object()
 def _only(name: str, args: Sequence[object], kwargs: Mapping[str, object]) -> Any:
     """The one argument of a call, `name`; _NOT_ONE where there are others, so that the host raises as without us."""
     return (args[0] if args else kwargs.get(name, _NOT_ONE)) if len(args) + len(kwargs) == 1 else _NOT_ONE
-
-
-class WithoutDraft:
-    """A Llama as its own generation loop sees it.
-
-    Of a draft_model the loop would ask tokens and write behind its own; everything else is the Llama's.
-    """
-
-    __slots__ = ("_llama",)
-
-    draft_model = None
-
-    def __init__(self, llama: object) -> None:
-        object.__setattr__(self, "_llama", llama)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_llama"), name)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        setattr(object.__getattribute__(self, "_llama"), name, value)
 
 
 class DraftModel:

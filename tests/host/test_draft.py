@@ -234,7 +234,9 @@ def test_a_draft_pickles_as_its_options(plant: Plant) -> None:
 
 
 @pytest.mark.parametrize("at", range(6))
-@pytest.mark.parametrize("where", ["verify", "hidden rows", "draft", "draft's row", "head's hidden row", "rollback"])
+@pytest.mark.parametrize(
+    "where", ["verify", "verify, memory", "hidden rows", "draft", "draft's row", "head's hidden row", "rollback"]
+)
 def test_a_failure_inside_is_told_once_and_changes_no_text(
     llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, where: str, at: int
 ) -> None:
@@ -249,6 +251,8 @@ def test_a_failure_inside_is_told_once_and_changes_no_text(
             nonlocal calls
             calls += 1
             if calls == at + 1:
+                if where == "verify, memory":
+                    llama_cpp.llama_memory_clear(llm._ctx.memory, True)
                 if isinstance(result, Exception):
                     raise result
                 return result
@@ -259,6 +263,7 @@ def test_a_failure_inside_is_told_once_and_changes_no_text(
     head = spec.drafter._context
     owner, name, result = {
         "verify": (spec.target, "decode", engine.DecodeError("injected", -3)),
+        "verify, memory": (spec.target, "decode", engine.DecodeError("injected, and the memory with it", -3)),
         "hidden rows": (spec.target, "hidden", engine.NoSuchRow("injected")),  # the prompt's three come first
         "draft": (head, "decode", engine.DecodeError("injected", -3)),
         "draft's row": (head, "best", engine.NoSuchRow("injected")),
@@ -635,6 +640,25 @@ def test_a_state_that_cannot_be_loaded_leaves_the_generation_as_it_is(llama: Mak
         return tokens
 
     assert run(llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))) == run(llama(files.trunk))
+
+
+def test_a_state_whose_rows_cannot_be_loaded_is_evaluated(llama: Make, plant: Plant) -> None:
+    """By then the host has taken the state's tokens, and the engine part of its rows."""
+    files = plant(**BY_CONTEXT)
+    fresh, llm = llama(files.trunk), llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))
+    fresh.eval(list(range(300, 340)))
+    state = fresh.save_state()
+    state.llama_state = state.llama_state[: len(state.llama_state) // 2] + bytes(len(state.llama_state) // 2)
+    llm.eval([310, 311, 312])
+    with pytest.raises((RuntimeError, ValueError)):
+        llm.load_state(state)
+    assert llm.n_tokens == 40
+
+    def go_on(llm: Llama) -> list[int]:
+        generation = llm.generate([345], temp=0.0, reset=False)
+        return [next(generation) for _ in range(40)]
+
+    assert go_on(llm) == go_on(fresh)
 
 
 def test_a_warning_that_is_raised_leaves_a_whole_llama(
