@@ -100,7 +100,13 @@ def add_prompt(parser: argparse.ArgumentParser, *, default: str | None = None) -
     parser.add_argument("--chat", action="store_true", help="put it to the model as a user's message")
 
 
-def add_generation(parser: argparse.ArgumentParser, *, n_predict: int, ctx: int) -> None:
+def add_generation(
+    parser: argparse.ArgumentParser,
+    *,
+    n_predict: int,
+    ctx: int,
+    depth: str = "drafts per cycle (default: 0 to 3, by what is measured)",
+) -> None:
     """Lengths, threads, the depth of drafts, and how a result is printed."""
     parser.add_argument(
         "-n",
@@ -115,7 +121,7 @@ def add_generation(parser: argparse.ArgumentParser, *, n_predict: int, ctx: int)
         "--num-pred-tokens",
         type=integer(0),
         metavar="K",
-        help="drafts per cycle (default: 0 to 3, by what is measured)",
+        help=depth,
     )
     parser.add_argument(
         "-c",

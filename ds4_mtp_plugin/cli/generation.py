@@ -20,7 +20,7 @@ from ..draft import MtpDraft
 from ..stats import MtpStats
 from . import arguments
 
-__all__ = ["Generation", "generate", "load", "progress"]
+__all__ = ["Generation", "generate", "load", "progress", "tokenize"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def generate(
         ValueError: the prompt fills the context, or there is no template for ``args.chat``.
     """
     with load(model_path, draft, args) as llm:
-        prompt_tokens = _tokenize(llm, prompt, args)
+        prompt_tokens = tokenize(llm, prompt, args)
         room = len(llm.input_ids) - len(prompt_tokens)
         n = min(args.n_predict, room) if args.n_predict > 0 else room
         llm.set_seed(seed)
@@ -116,7 +116,7 @@ def generate(
         return Generation(tokens, first - start, end - first, stats, text, prompt_tokens, ended)
 
 
-def _tokenize(llm: Llama, prompt: str, args: argparse.Namespace) -> list[int]:
+def tokenize(llm: Llama, prompt: str, args: argparse.Namespace) -> list[int]:
     tokens = _chat(llm, prompt) if args.chat else llm.tokenize(prompt.encode(), add_bos=True, special=True)
     if not tokens:
         raise ValueError("the prompt has no tokens")

@@ -28,19 +28,22 @@ def print_report(plain: Generation | None, drafted: Generation) -> None:
     per_cycle = 1 + stats.per_iter
     verify, step = stats.verify_ms / stats.iters, stats.draft_ms / max(1, stats.draft_decodes)
     print(f"accepted     {positions}   ({per_cycle:.2f} tokens per cycle)")
-    print(f"cost         verify of {stats.depth + 1} rows {verify:.2f} ms, MTP step {step:.2f} ms", end="")
+    all_cycles = max(1, sum(stats.cycles_per_depth))
+    depths = "  ".join(f"{k}: {100 * n / all_cycles:.0f} %" for k, n in enumerate(stats.cycles_per_depth))
+    print(f"drafts       {depths} of the cycles")
+    rows = 1 + stats.proposed / stats.iters
+    print(f"cost         verify of {rows:.1f} rows {verify:.2f} ms, MTP step {step:.2f} ms", end="")
     if plain is None:
         print()
         return
     print(f", single trunk row {plain.ms_per_token:.2f} ms")
-    paid = 1000 * drafted.seconds / stats.iters / plain.ms_per_token
-    faster = per_cycle > paid
+    gain = plain.ms_per_token / drafted.ms_per_token
     print(
-        f"One cycle takes as long as {paid:.2f} plain tokens and gives {per_cycle:.2f}: "
-        f"speculation is {'faster' if faster else 'slower'} here."
+        f"A token takes {drafted.ms_per_token:.2f} ms in place of {plain.ms_per_token:.2f}: "
+        f"speculation is {'faster' if gain > 1 else 'slower'} here."
     )
-    if not faster:
-        print("Fewer drafts (-k 1) cost less. Large models, bound by memory, gain where a small one does not.")
+    if gain <= 1:
+        print("Large models, bound by memory, gain where a small one does not. 'ds4-mtp bench' measures it with care.")
 
 
 def nothing_drafted() -> str:

@@ -218,6 +218,10 @@ class Session:
         """Whether `draft` is the one of this session; an app may take it off its Llama, and put it back."""
         return draft is self._draft
 
+    def choose_by(self, depth: AdaptiveDepth | None) -> None:
+        """From the next cycle on `depth` chooses how many tokens are drafted; None: as many as there is room for."""
+        self._depth = depth
+
     def check_open(self) -> None:
         """
         Raises:

@@ -158,12 +158,23 @@ class AdaptiveDepth:
         if self.probing:
             self.probing, self._promising = False, right
 
+    def times(self) -> tuple[dict[int, float], dict[int, float]]:
+        """Medians of the last times, in seconds: of decodes by their rows, and of drafting by the number of drafts."""
+        of_decodes, of_drafts = (
+            {n: each.median for n, each in sorted(times.items())} for times in (self._decodes, self._drafts)
+        )
+        return of_decodes, of_drafts
+
     # -- inside --
 
     def _note(self, times: dict[int, _Times], kind: str, n: int, seconds: float) -> None:
-        if (kind, n) in self._begun:
-            times.setdefault(n, _Times()).add(seconds)
-        self._begun.add((kind, n))
+        if (kind, n) not in self._begun:
+            self._begun.add((kind, n))
+        elif n in times:
+            times[n].add(seconds)
+        else:
+            times[n] = _Times()
+            times[n].add(seconds)
 
     def _value(self, k: int) -> float:
         """Tokens per second at a depth."""
@@ -205,3 +216,11 @@ class AdaptiveDepth:
             known = min(believed, key=lambda n: abs(n - k))
             return believed[known] * k / known
         return k * min(0.1 * self._decode(1), *(times.least / n for n, times in self._drafts.items()), math.inf)
+
+
+class FixedDepth(AdaptiveDepth):
+    """Always as many drafts as there is room for, up to n_max; measured as an `AdaptiveDepth` measures."""
+
+    def choose(self, room: int) -> int:
+        self.probing = False
+        return max(0, min(room, self.n_max))

@@ -112,7 +112,8 @@ def test_a_wrong_command_line_is_exit_status_2(argv: list[str], capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["run", "--help"], ["demo", "--help"], ["verify", "--help"], ["--version"]]
+    "argv",
+    [["--help"], ["run", "--help"], ["demo", "--help"], ["bench", "--help"], ["verify", "--help"], ["--version"]],
 )
 def test_help_is_there(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -365,6 +366,7 @@ def test_verify_that_drafts_nothing_has_compared_nothing(
     [
         ("demo", {0, 1, 2, 3, 130, 141}),
         ("run", {0, 1, 2, 3, 130, 141}),
+        ("bench", {0, 1, 2, 3, 130, 141}),
         ("verify", {0, 1, 2, 3, 130, 141}),
         ("serve", {0, 1, 2, 130, 141, 143}),
         ("doctor", {0, 1, 2, 130, 141}),
@@ -382,6 +384,28 @@ def module(*argv: str, **options: Any) -> subprocess.Popen[str]:
     """python -m ds4_mtp_plugin, in a process of its own."""
     command = [sys.executable, "-m", "ds4_mtp_plugin", *argv]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_bench_measures_all_in_turn(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = printed(capsys, "bench", *MINI, "-n", "40", "-r", "2", "-k", "2", "-p", "import os")
+    assert list(found["contenders"]) == ["plain", "automatic", "1 draft", "2 drafts"]
+    assert (found["threads"], found["tokens"], found["rounds"], found["exact"]) == (1, 40, 2, True)
+    rows = found["contenders"]
+    assert all(row["same_text"] for row in rows.values())
+    assert (rows["plain"]["ratio"], rows["plain"]["tokens_per_cycle"]) == (1.0, 1.0)
+    assert 1 < rows["1 draft"]["tokens_per_cycle"] < 2 < rows["2 drafts"]["tokens_per_cycle"] < 3
+    assert len(found["acceptance"]) == 2 and 0 < found["acceptance"][1] < found["acceptance"][0] < 1
+    for k, cost in found["drafts"].items():
+        gives = 1 + sum(found["acceptance"][: int(k)])
+        assert cost["limit"] == pytest.approx(gives / (cost["verify_rows"] + cost["drafts_rows"]))
+        assert cost["reached"] == pytest.approx(rows[f"{k} draft{'s' if k == '2' else ''}"]["ratio"] / cost["limit"])
+
+    # a text that differs is said, and is the exit status
+    chosen = iter(range(10**6))
+    monkeypatch.setattr(Llama, "sample", lambda *args, **kwargs: 300 + next(chosen) % 7)
+    assert cli.main(["bench", *MINI, "-n", "12", "-r", "1", "-k", "1", "-p", "import"]) == cli.EXIT_DIFFERS
+    assert capsys.readouterr().out.count("OTHER TEXT") >= 1
+    assert usage_error(capsys, "bench", *MINI, "-k", "0")[1].endswith("the greatest number of drafts, 1 or more")
 
 
 def test_python_m_is_the_command() -> None:
