@@ -103,8 +103,8 @@ class AdaptiveDepth:
             return 0
         values = [self._value(k) for k in range(room + 1)]
         best = max(range(room + 1), key=values.__getitem__)
-        if self._current <= room and values[best] <= values[self._current] * (1 + _HYSTERESIS):
-            best = self._current
+        if best > 0 and self._current <= room and values[best] <= values[self._current] * (1 + _HYSTERESIS):
+            best = self._current  # another depth; 0 is always worth it, for it is never a loss
         if best > 0:
             self._current = best
             return best

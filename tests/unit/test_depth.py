@@ -162,6 +162,27 @@ def test_a_hiccup_of_the_machine_is_not_believed_for_ever() -> None:
     assert set(run.depths[-20:]) != {0}
 
 
+def test_drafts_are_left_off_as_soon_as_they_lose_and_come_back_for_a_gain() -> None:
+    """Another depth has to gain 3 %, plain decoding nothing: between the two, drafts are neither begun nor kept."""
+    depth = AdaptiveDepth(1)
+    for _ in range(10):  # all right: 2 tokens for what takes as long as 1.97 or, at last, 2.02
+        depth.decoded(1, 1.0)
+        depth.decoded(2, 1.87)
+        depth.drafted(1, 0.1)
+        for _ in range(30):
+            depth.outcome(0, True)
+    assert depth.choose(1) == 1
+    for _ in range(20):
+        depth.decoded(2, 1.92)
+    assert depth.choose(1) == 0
+    for _ in range(20):
+        depth.decoded(2, 1.87)
+    assert depth.choose(1) == 0
+    for _ in range(20):
+        depth.decoded(2, 1.82)
+    assert depth.choose(1) == 1
+
+
 def test_there_is_never_more_than_there_is_room_for() -> None:
     run = Run(MACHINES["flash"], lambda n: TEXTS["code"]).until(300)
     assert run.depth.choose(N_MAX) > 0
