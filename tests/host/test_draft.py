@@ -483,6 +483,32 @@ def test_a_prompt_whose_decode_takes_the_memory_with_it_is_evaluated_again(
     assert generate(llm, prompt, 40) == generate(llama(files.trunk), prompt, 40)
 
 
+def test_what_an_app_has_cut_off_is_not_evaluated_again(
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = plant(**BY_CONTEXT)
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=3))
+    prompt = list(range(300, 330))
+    llm.eval(prompt)
+
+    def failing(_: object) -> None:
+        llama_cpp.llama_memory_clear(llm._ctx.memory, True)
+        raise RuntimeError("llama_decode returned -3")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="returned -3"):
+        patch.setattr(llm._ctx, "decode", failing)
+        llm.eval([400])
+    llm.n_tokens = 20
+    fresh = llama(files.trunk)
+    fresh.eval(prompt[:20])
+
+    def go_on(llm: Llama) -> list[int]:
+        generation = llm.generate([345], temp=0.0, reset=False)
+        return [next(generation) for _ in range(40)]
+
+    assert go_on(llm) == go_on(fresh)
+
+
 @pytest.mark.parametrize("where", ["verify", "rollback"])
 def test_rows_that_only_the_app_knows_are_not_made_up(
     llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, where: str
