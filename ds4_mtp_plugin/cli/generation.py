@@ -34,6 +34,8 @@ class Generation:
         text: what the tokens say.
         prompt: the tokens before them.
         ended: an end-of-text token came, as opposed to the number of tokens or the context.
+        threads: of a single row.
+        threads_by_default: the host chose their number.
         stats: what speculation did, None of a plain generation.
     """
 
@@ -44,6 +46,8 @@ class Generation:
     text: str = ""
     prompt: list[int] = field(default_factory=list)
     ended: bool = False
+    threads: int = 1
+    threads_by_default: bool = False
 
     @property
     def ms_per_token(self) -> float:
@@ -113,7 +117,17 @@ def generate(
         if not args.json:
             print(flush=True)
         stats = None if draft is None else draft.stats
-        return Generation(tokens, first - start, end - first, stats, text, prompt_tokens, ended)
+        return Generation(
+            tokens,
+            first - start,
+            end - first,
+            stats,
+            text,
+            prompt_tokens,
+            ended,
+            threads=llm.n_threads,
+            threads_by_default=args.threads is None,
+        )
 
 
 def tokenize(llm: Llama, prompt: str, args: argparse.Namespace) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from typing import Any
 
 from ..settings import current
@@ -23,6 +24,7 @@ def print_report(plain: Generation | None, drafted: Generation) -> None:
     print(f"   {plain.ms_per_token / drafted.ms_per_token:.2f} x" if plain is not None else "")
     if not stats.proposed:
         print(nothing_drafted())
+        _hint(drafted)
         return
     positions = "  ".join(f"{i + 1}: {100 * rate:.0f} %" for i, rate in enumerate(stats.rate_per_position))
     per_cycle = 1 + stats.per_iter
@@ -35,6 +37,7 @@ def print_report(plain: Generation | None, drafted: Generation) -> None:
     print(f"cost         verify of {rows:.1f} rows {verify:.2f} ms, MTP step {step:.2f} ms", end="")
     if plain is None:
         print()
+        _hint(drafted)
         return
     print(f", single trunk row {plain.ms_per_token:.2f} ms")
     gain = plain.ms_per_token / drafted.ms_per_token
@@ -44,6 +47,14 @@ def print_report(plain: Generation | None, drafted: Generation) -> None:
     )
     if gain <= 1:
         print("Large models, bound by memory, gain where a small one does not. 'ds4-mtp bench' measures it with care.")
+    _hint(drafted)
+
+
+def _hint(drafted: Generation) -> None:
+    """By the host's default a single row has half of the cores; a verify, as a prompt, has all."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if drafted.threads_by_default and drafted.threads < cores:
+        print(f"A single row had {drafted.threads} of {cores} threads, the host's default: -t {cores} may be faster.")
 
 
 def nothing_drafted() -> str:

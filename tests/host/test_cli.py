@@ -44,6 +44,17 @@ def test_compare_says_that_the_texts_are_the_same(
     assert "the same 60 tokens" in out
 
 
+def test_fewer_threads_by_default_than_there_are_cores_are_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(1000)), raising=False)
+    said = []
+    for threads in ([], ["-t", "1"]):
+        assert cli.main(["run", *MINI[:4], *threads, "-n", "4", "-p", "import"]) == 0
+        said.append("threads, the host's default: -t 1000 may be faster" in capsys.readouterr().out)
+    assert said == [True, False]
+
+
 @pytest.mark.parametrize("n", ["0", "-1"])
 def test_without_a_number_it_ends_with_the_context(
     plant: Callable[..., Planted], capsys: pytest.CaptureFixture[str], n: str
