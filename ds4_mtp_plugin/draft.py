@@ -34,7 +34,7 @@ _NO_TOKENS = np.array([], dtype=np.intc)
 
 _OPTIONS = (
     *("model_path", "num_pred_tokens", "adaptive", "exact", "p_min", "margin"),
-    *("n_gpu_layers", "n_threads", "n_threads_batch", "report"),
+    *("checkpoints_mb", "n_gpu_layers", "n_threads", "n_threads_batch", "report"),
 )
 
 
@@ -62,6 +62,7 @@ class MtpDraft(LlamaDraftModel):  # type: ignore[misc, unused-ignore]
         exact: bool | None = None,
         p_min: float = 0.0,
         margin: float | None = None,
+        checkpoints_mb: int = 256,
         n_gpu_layers: int | None = None,
         n_threads: int | None = None,
         n_threads_batch: int | None = None,
@@ -82,6 +83,9 @@ class MtpDraft(LlamaDraftModel):  # type: ignore[misc, unused-ignore]
                 at no cost, on x86-64 CPUs, and near-greedy elsewhere; ``stats.exact`` says which.
             p_min: end a draft before the first token whose probability is less, 0 to 1.
             margin: end a draft before the first token that leads the second best logit by less; None or 0 for no gate.
+            checkpoints_mb: megabytes for states at the boundaries of a prompt's batches. A prompt that begins as the
+                one before, and then differs, is evaluated from the last one in common, with the same result. 0 for
+                none. They are kept for models on the CPU, where `n_batch` is a multiple of 256, without logits_all.
             n_gpu_layers: layers of the head on the GPU, -1 all; None as the target's.
             n_threads: threads for single-row decodes of the head; 1 to 512, None as the target's.
             n_threads_batch: threads for decodes of more rows, likewise.
@@ -105,6 +109,7 @@ class MtpDraft(LlamaDraftModel):  # type: ignore[misc, unused-ignore]
         self.exact = None if exact is None else options.flag("exact", exact)
         self.p_min = options.real("p_min", p_min, "a probability, 0 to 1", most=1)
         self.margin = None if margin is None else options.real("margin", margin, "a number of 0 or more")
+        self.checkpoints_mb = options.integer("checkpoints_mb", checkpoints_mb, 0)
         self.n_gpu_layers = (
             None if n_gpu_layers is None else options.integer("n_gpu_layers", n_gpu_layers, -1, _INT32_MAX)
         )

@@ -16,6 +16,7 @@ class MtpStats:
         proposed_per_position: drafts verified at depth 1, 2, ...
         accepted_per_position: drafts accepted at depth 1, 2, ...
         plain: single tokens decoded in a generation without drafts (no room, no hidden row yet, or a failure).
+        resumed: tokens of prompts that were not evaluated, because a checkpoint was behind them.
         failures: generations that something failed in, and that went on plainly.
         draft_decodes: decodes of the MTP head.
         draft_ms: time spent in drafting, milliseconds.
@@ -30,6 +31,7 @@ class MtpStats:
     proposed_per_position: tuple[int, ...] = ()
     accepted_per_position: tuple[int, ...] = ()
     plain: int = 0
+    resumed: int = 0
     failures: int = 0
     draft_decodes: int = 0
     draft_ms: float = 0.0
@@ -75,6 +77,7 @@ class Counters:
         self.exact = True
         self.iters = 0
         self.plain = 0
+        self.resumed = 0
         self.failures = 0
         self.draft_s = 0.0
         self.verify_s = 0.0
@@ -99,6 +102,7 @@ class Counters:
             proposed_per_position=tuple(self._proposed),
             accepted_per_position=tuple(self._accepted),
             plain=self.plain,
+            resumed=self.resumed,
             failures=self.failures,
             draft_decodes=draft_decodes,
             draft_ms=1000 * self.draft_s,

@@ -18,6 +18,9 @@ HIDDEN_OFF, HIDDEN_OUTPUTS, HIDDEN_ALL = 0, 1, 2
 
 _CONTEXT_TYPE_MTP = 1
 
+# llama.h, LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+_PARTIAL_ONLY = 1
+
 Floats = npt.NDArray[np.float32]
 
 
@@ -258,6 +261,28 @@ class Context:
     def seq_rm(self, seq_id: int, p0: int, p1: int = -1) -> bool:
         """Remove positions p0 <= p < p1 (negative: no bound) of a sequence; False where the memory cannot."""
         return bool(self._lib.llama_memory_seq_rm(self._memory, seq_id, p0, p1))
+
+    def save_partial(self, seq_id: int) -> bytes:
+        """What a sequence's memory overwrites as it goes on: windows and running states, not the rows that stay.
+
+        Raises:
+            EngineError: the engine gave nothing.
+        """
+        size = int(self._lib.llama_state_seq_get_size_ext(self._ptr, seq_id, _PARTIAL_ONLY))
+        data = ffi.new("uint8_t[]", max(1, size))
+        if size == 0 or self._lib.llama_state_seq_get_data_ext(self._ptr, data, size, seq_id, _PARTIAL_ONLY) != size:
+            raise EngineError(f"sequence {seq_id}: the engine gave no state")
+        return bytes(ffi.buffer(data, size))
+
+    def load_partial(self, seq_id: int, data: bytes, n: int) -> bool:
+        """Go back to where the sequence had n tokens and `data` was saved; False, and it is to be cleared, on failure.
+
+        The rows that stay must be those of the same text still.
+        """
+        source = ffi.from_buffer("uint8_t[]", data)
+        if self._lib.llama_state_seq_set_data_ext(self._ptr, source, len(data), seq_id, _PARTIAL_ONLY) != len(data):
+            return False
+        return self.seq_rm(seq_id, n) and self.seq_pos_max(seq_id) == n - 1
 
     def seq_pos_max(self, seq_id: int) -> int:
         """The last position of a sequence in memory, -1 where it has none."""

@@ -21,6 +21,7 @@ from ..engine import Context, EngineError, Model, ffi
 from ..gguf import check_pair
 from ..settings import current as settings
 from ..speculation import AdaptiveDepth, CommonSpeculative, MtpDrafter
+from .checkpoints import Checkpoints
 from .contract import ContextParams, Llama
 from .library import current as library
 from .session import SINGLE_ROWS, Session
@@ -209,11 +210,27 @@ def _open(llama: Llama, draft: MtpDraft) -> Session | None:
         spec = CommonSpeculative(target, drafter, n_draft=depth, within=GPU_BLOCK if alone else None)
         spec.counters.exact = alone or (not on_gpu and why_not is None)
         depth_of = AdaptiveDepth(depth) if draft.adaptive and spec.counters.exact else None
-        session = Session(llama, draft, spec, depth=depth_of, single_rows=1 if alone else SINGLE_ROWS)
+        session = Session(
+            llama,
+            draft,
+            spec,
+            depth=depth_of,
+            checkpoints=Checkpoints(draft.checkpoints_mb * 10**6) if _takes_checkpoints(llama, on_gpu) else None,
+            single_rows=1 if alone else SINGLE_ROWS,
+        )
         on_error.pop_all()
     # The host's stack runs backwards: the head goes before the target.
     llama._stack.callback(session.close)
     return session
+
+
+def _takes_checkpoints(llama: Llama, on_gpu: bool) -> bool:
+    """Whether a text that goes on behind a checkpoint rounds as one that was evaluated from its beginning.
+
+    Loading puts a window's rows at the beginning of the cache. Where they were a multiple of 128 further on, every
+    kernel of the CPU sums them in the same order. And the host must want no row of logits of what is not evaluated.
+    """
+    return not on_gpu and llama.n_batch % 256 == 0 and not llama._logits_all
 
 
 def _open_drafter(llama: Llama, draft: MtpDraft, target: Context, on_error: ExitStack, *, alone: bool) -> MtpDrafter:

@@ -22,6 +22,7 @@ from ..draft import MAX_PRED_TOKENS, MtpDraft, attach, detach
 from ..engine import HIDDEN_ALL, HIDDEN_OFF, HIDDEN_OUTPUTS, EngineError
 from ..settings import current
 from ..speculation import AdaptiveDepth, CommonSpeculative, Verify
+from .checkpoints import Checkpoints
 from .contract import Llama, State
 from .generation import Generation
 from .ledger import Ledger
@@ -59,11 +60,13 @@ class Session:
         spec: CommonSpeculative,
         *,
         depth: AdaptiveDepth | None = None,
+        checkpoints: Checkpoints | None = None,
         single_rows: int = SINGLE_ROWS,
     ) -> None:
         """
         Args:
             depth: chooses the number of drafts of each cycle; None for as many as there is room for.
+            checkpoints: keeps those of prompts; None for none.
             single_rows: rows that the engine computes as if each were alone, wherever they lie.
         """
         # The Llama holds its session: a strong reference back would keep a dropped Llama's memory until a collection.
@@ -74,6 +77,10 @@ class Session:
         # The position that a draft which was not verified is for, and that draft.
         self._unverified: tuple[int, int] | None = None
         self._ledger = Ledger(single_rows)
+        self._checkpoints = Checkpoints(0) if checkpoints is None else checkpoints
+        # The last position in memory where that still holds the text before a reset, for a checkpoint of it may be gone
+        # back to; whoever else looks at memory finds it cleared.
+        self._left: int | None = None
         # The verify of the target's last decode; None where that was no verify.
         self._verify: Verify | None = None
         # Tokens that the app wants of the generation that its completion is about to begin.
@@ -103,7 +110,7 @@ class Session:
     def generate(
         self, llama: Llama, host_tokens: Generator[int, Sequence[int] | None, None]
     ) -> Generator[int, Sequence[int] | None, None]:
-        self.settle()
+        self.settle(clear=False)
         generation = Generation(self._wanted, drafting=self.drafts_with(llama.draft_model))
         self._wanted = None
         sent: Sequence[int] | None = None
@@ -147,16 +154,26 @@ class Session:
             if self._depth is not None and generation.drafting:
                 self._depth.decoded(1, time.perf_counter() - t0)
             return
+        tokens = self._resume(llama, tokens)
         self.settle()
         # Without tokens the prompt is there to its last one, whose row of logits stays the one it is.
         for i in range(0, len(tokens), llama.n_batch):
             chunk = tokens[i : i + llama.n_batch]
             keep = len(chunk) - max(0, len(tokens) - self._spec.drafter.window - i)
             self._eval_chunk(llama, host_eval, chunk, max(0, keep))
+            self._take_checkpoint(llama, len(chunk))
 
-    def reset(self, host_reset: Callable[[], None]) -> None:
+    def reset(self, llama: Llama, host_reset: Callable[[], None]) -> None:
+        if not self._ledger.sure or self._ledger.known != llama.n_tokens:
+            self.disturbed()
         try:
-            host_reset()
+            if self._left is None and len(self._checkpoints):
+                is_open = self._verify is not None and self._verify.open
+                self._left = (self._verify.end if self._verify is not None and is_open else llama.n_tokens) - 1
+            if self._left is None:
+                host_reset()
+            else:  # the host's, less the clearing of memory
+                llama.n_tokens, llama._requires_eval = 0, True
         except BaseException:
             self._ledger.sure = False
             raise
@@ -170,6 +187,7 @@ class Session:
 
     def load_state(self, llama: Llama, host_load_state: Callable[[State], None], state: State) -> None:
         self.settle()
+        self.disturbed()
         before = llama.input_ids
         try:
             host_load_state(state)
@@ -184,13 +202,20 @@ class Session:
 
     # -- for the Llama's context --
 
-    def settle(self) -> None:
-        """Take rows that nobody asked for out of the engine's memory: it then holds the Llama's tokens, no more."""
+    def settle(self, *, clear: bool = True) -> None:
+        """Take rows that nobody asked for out of the engine's memory: it then holds the Llama's tokens, no more.
+
+        Args:
+            clear: also what a reset has left there.
+        """
         llama = self._llama()
         if llama is None or self._closed or llama._ctx.ctx is None:
             return  # under a generation that is only now dropped
         if self._ledger.under_way:
             return  # a collection amid a change dropped a generation; what is under way settles it too
+        if clear and self._left is not None:
+            self._left = None
+            llama._ctx.kv_cache_clear()
         try:
             if self._ledger.sure and self._verify is not None and self._verify.open:
                 with self._ledger.changing():
@@ -204,6 +229,10 @@ class Session:
         """Somebody decodes on the Llama's context: that finds the Llama's tokens in memory, and gives other rows."""
         self.settle()
         self._verify = None
+
+    def disturbed(self) -> None:
+        """Somebody changes rows that are in memory: what was kept to go back to them is void."""
+        self._checkpoints.cut(0)
 
     def output(self, i: int) -> int | None:
         """The row of the last decode that an app means by `i`; None where a plain decode had no such row.
@@ -338,10 +367,12 @@ class Session:
             keep = 0
         target.set_hidden(HIDDEN_OFF if keep == 0 else HIDDEN_OUTPUTS if len(chunk) == 1 else HIDDEN_ALL)
         before = target.seq_pos_max(_SEQ)
+        self._checkpoints.cut(n_past)
         try:
             host_eval(chunk)
             ledger.evaluated(n_past, len(chunk))
         except BaseException:
+            self.disturbed()
             # A decode that fails may take more with it than its own rows; one that is interrupted may leave rows that
             # the host, which counts last, does not count.
             if llama.n_tokens > n_past:
@@ -355,6 +386,40 @@ class Session:
                 self._spec.process(_SEQ, n_past, chunk, hidden)
             except _FAILURES as err:
                 self._give_up(f"keeping hidden rows failed: {err}")
+
+    def _resume(self, llama: Llama, tokens: Sequence[int]) -> Sequence[int]:
+        """A text begins: go back to the last checkpoint that it goes on behind. What of it is left to evaluate."""
+        left, self._left = self._left, None
+        if left is None or llama.n_tokens > 0 or self._spec.target.seq_pos_max(_SEQ) != left:
+            return tokens
+        found = self._checkpoints.find(tokens)
+        if found is None:
+            return tokens
+        n_batch, n = llama.n_batch, found.n
+        self._checkpoints.cut(n)
+        try:
+            if not self._spec.target.load_partial(_SEQ, found.data, n):
+                self.disturbed()
+                return tokens  # the host clears memory first
+        except BaseException:
+            self.disturbed()
+            raise
+        llama.input_ids[:n] = tokens[:n]
+        self._ledger.load(n, [(p, n_batch) for p in range(0, n, n_batch)])
+        llama.n_tokens = n
+        self._spec.counters.resumed += n
+        return tokens[n:]
+
+    def _take_checkpoint(self, llama: Llama, n: int) -> None:
+        """After a batch of n tokens, at a position where evaluating the text from its beginning would cut it too."""
+        n_batch, n_tokens = llama.n_batch, llama.n_tokens
+        if n != n_batch or self._ledger.save() != [(p, n_batch) for p in range(0, n_tokens, n_batch)]:
+            return
+        if self._checkpoints.max_bytes and self.drafts_with(llama.draft_model):
+            try:
+                self._checkpoints.add(llama.input_ids[:n_tokens], self._spec.target.save_partial(_SEQ))
+            except _FAILURES:
+                self.disturbed()
 
     def _reevaluate(self, llama: Llama) -> None:
         """What the engine's memory holds is not known: clear it and evaluate the Llama's tokens again, as they were.

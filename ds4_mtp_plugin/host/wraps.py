@@ -124,7 +124,7 @@ def reset(host: _Host, llama: Llama) -> None:
     if session is None:
         host(llama)
     else:
-        session.reset(functools.partial(host, llama))
+        session.reset(llama, functools.partial(host, llama))
 
 
 def save_state(host: _Host, llama: Llama) -> Any:
@@ -211,6 +211,13 @@ def settled(host: _Host, context: Context, *args: object, **kwargs: object) -> A
     return host(context, *args, **kwargs)
 
 
+def changed(host: _Host, context: Context, *args: object, **kwargs: object) -> Any:
+    """A method that changes what the engine's memory holds."""
+    if (session := session_of(context)) is not None:
+        session.disturbed()
+    return settled(host, context, *args, **kwargs)
+
+
 def kv_cache_seq_rm(host: _Host, context: Context, seq_id: int, p0: int, p1: int) -> bool:
     # Rows can be taken back for our own sake. The host asks in order to keep a prompt's beginning; without a draft
     # the engine refuses that, and evaluating less than a plain run does would round otherwise than it.
@@ -220,6 +227,8 @@ def kv_cache_seq_rm(host: _Host, context: Context, seq_id: int, p0: int, p1: int
         last = int(llama_memory_seq_pos_max(context.memory, max(seq_id, 0)))
         if 0 < p0 <= last:
             return False
+        if session is not None and p0 <= 0:
+            session.disturbed()
     return bool(host(context, seq_id, p0, p1))
 
 
@@ -284,11 +293,11 @@ _TABLE = (
     _Wrap(_Context, "__init__", context_init),
     _Wrap(_Context, "decode", decode),
     _Wrap(_Context, "encode", settled),
-    _Wrap(_Context, "kv_cache_clear", settled),
+    _Wrap(_Context, "kv_cache_clear", changed),
     _Wrap(_Context, "kv_cache_seq_rm", kv_cache_seq_rm),
-    _Wrap(_Context, "kv_cache_seq_cp", settled),
-    _Wrap(_Context, "kv_cache_seq_keep", settled),
-    _Wrap(_Context, "kv_cache_seq_shift", settled),
+    _Wrap(_Context, "kv_cache_seq_cp", changed),
+    _Wrap(_Context, "kv_cache_seq_keep", changed),
+    _Wrap(_Context, "kv_cache_seq_shift", changed),
     _Wrap(_Context, "get_state_size", settled),
     _Wrap(_Context, "get_logits", get_logits),
     _Wrap(_Context, "get_logits_ith", get_logits_ith),

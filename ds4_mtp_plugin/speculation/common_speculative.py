@@ -58,6 +58,11 @@ class Verify:
         """Positions that are committed: the position of the next token."""
         return self.n_past + self.row + 1
 
+    @property
+    def end(self) -> int:
+        """The position behind its last row."""
+        return self.n_past + len(self.tokens)
+
     def advance(self, token: int) -> bool:
         """Take one more row if `token` is the draft in it."""
         if self.expected != token:
