@@ -120,5 +120,5 @@ def test_the_demo_shows_the_same_text_twice(capsys: pytest.CaptureFixture[str]) 
     out = capsys.readouterr().out
     first, second = out.split("--- speculative ---")
     assert first.removeprefix("--- plain ---") == second.split("---\n")[0]
-    for word in ("tokens/s", "accepted", "MTP step", "single trunk row", "One cycle takes"):
+    for word in ("tokens/s", "accepted", "MTP step", "single trunk row", "A token takes", "of the cycles"):
         assert word in out
