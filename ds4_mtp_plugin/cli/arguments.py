@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +62,15 @@ def real(low: float | None = None, high: float | None = None, *, above: float | 
         return value
 
     return parse
+
+
+#: A prompt for those who have none at hand.
+EXAMPLE = "This module implements a number of functions that"
+
+
+def cores() -> int:
+    """Threads that this process may run at once."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # Parameters of Llama.generate, by which it samples, under their names in llama.cpp's CLI.

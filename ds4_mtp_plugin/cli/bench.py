@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from ..host.wraps import session_of
 from ..settings import current
 from ..speculation import AdaptiveDepth, FixedDepth
 from . import EXIT_DIFFERS, EXIT_FAILED, EXIT_OK, arguments, generation
+from .comparison import seed
 
 HELP = "what drafts gain on your files and machine, beside plain decoding"
 EXITS = {
@@ -32,8 +32,6 @@ EXITS = {
     EXIT_FAILED: "failed: a file or an option does not fit, or nothing can be drafted; stderr says why, in a line",
     EXIT_DIFFERS: "a text differs from plain decoding's",
 }
-
-_PROMPT = "This module implements a number of functions that"
 
 # What another number of threads has to gain to be worth a line, and the tokens that it is tried for.
 _WORTH, _TRIED = 1.05, 12
@@ -52,18 +50,18 @@ class Contender:
     accepted: list[int] = field(default_factory=list)  # verifies in which drafts 1, 2, ... were accepted
     verifies: list[int] = field(default_factory=list)  # verifies with such a draft
 
-    def run(self, llm: Llama, draft: MtpDraft, prompt: list[int], n: int, args: argparse.Namespace) -> None:
+    def run(self, llm: Llama, draft: MtpDraft, prompt: list[int], n: int, seed: int, sampling: dict[str, Any]) -> None:
         session = session_of(llm)
         assert session is not None
         llm.draft_model = None if self.depth is None else draft
         session.choose_by(self.depth)
         llm.reset()  # type: ignore[no-untyped-call, unused-ignore]
-        llm.set_seed(args.seed % 2**32)
+        llm.set_seed(seed)
         before = draft.stats
         vocab = llama_cpp.llama_model_get_vocab(llm.model)
         self.tokens = []
         start = first = time.perf_counter()
-        for token in llm.generate(prompt, **arguments.sampling(args)):
+        for token in llm.generate(prompt, **sampling):
             if not self.tokens:
                 first = time.perf_counter()
             self.tokens.append(token)
@@ -90,7 +88,7 @@ class Contender:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_model(parser)
-    arguments.add_prompt(parser, default=_PROMPT)
+    arguments.add_prompt(parser, default=arguments.EXAMPLE)
     parser.add_argument(
         "-r", "--rounds", type=arguments.integer(1), default=5, metavar="N", help="after one to warm up (%(default)s)"
     )
@@ -104,17 +102,16 @@ def do(args: argparse.Namespace) -> int:
     prompt = arguments.prompt(args)
     if args.num_pred_tokens == 0:
         args.usage_error("-k 0: expected the greatest number of drafts, 1 or more")
-    draft = MtpDraft(args.mtp, num_pred_tokens=args.num_pred_tokens or 3)
+    # Without checkpoints: everyone reads the whole prompt each time.
+    draft = MtpDraft(args.mtp, num_pred_tokens=args.num_pred_tokens or 3, checkpoints_mb=0)
     # Equal threads for a single row and for a verify: by the host's default a row has half of them.
-    args.threads = args.threads or len(
-        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    )
+    args.threads = args.threads or arguments.cores()
+    chosen = seed(args)
     with generation.load(args.model, draft, args) as llm:
         if session_of(llm) is None or draft.stats.depth == 0:
             raise RuntimeError("this model does not draft as it was loaded; stderr says why")
         tokens = generation.tokenize(llm, prompt, args)
-        room = len(llm.input_ids) - len(tokens)
-        n = min(args.n_predict, room) if args.n_predict > 0 else room
+        n = generation.length(llm, tokens, args)
         field = [
             Contender("plain", None),
             Contender("automatic", AdaptiveDepth(draft.stats.depth)),
@@ -124,8 +121,10 @@ def do(args: argparse.Namespace) -> int:
             for turn in range(1 + args.rounds):
                 at = turn % len(field)
                 for each in field[at:] + field[:at]:
-                    each.run(llm, draft, tokens, n, args)
+                    each.run(llm, draft, tokens, n, chosen, arguments.sampling(args))
                 if turn == 0:
+                    if len(field[0].tokens) < 2:
+                        raise ValueError("the text ends at its first token: give another prompt (-p), or a greater -n")
                     for each in field:
                         each.forget()
         result = measured(field, len(tokens), args.threads, exact=draft.stats.exact)
@@ -196,7 +195,7 @@ def rendered(result: dict[str, Any]) -> str:
     accepted = ", ".join(f"{share:.2f}" for share in result["acceptance"])
     lines.append(f"accepted at position 1, 2, ...: {accepted}; a single row takes {result['single_row_ms']:.2f} ms")
     lines += [
-        f"{k} drafts: verify {cost['verify_rows']:.2f} rows, drafting {cost['drafts_rows']:.2f}; "
+        f"-k {k}: verify {cost['verify_rows']:.2f} rows, drafting {cost['drafts_rows']:.2f}; "
         f"at best {cost['limit']:.2f}, reached {cost['reached']:.2f} of it"
         for k, cost in result["drafts"].items()
     ]
@@ -219,7 +218,7 @@ def other_threads(llm: Llama, draft: MtpDraft, prompt: list[int], threads: int) 
 
     llm.draft_model = None
     llm.reset()  # type: ignore[no-untyped-call, unused-ignore]
-    cores = os.cpu_count() or 1
+    cores = arguments.cores()
     found = {n: milliseconds(n) for n in sorted({1, *(2**i for i in range(10) if 2**i <= cores), cores, threads})}
     found[threads] = min(found[threads], milliseconds(threads))
     best = min(found, key=lambda n: found[n])

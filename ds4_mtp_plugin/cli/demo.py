@@ -17,11 +17,9 @@ EXITS = {EXIT_OK: "both texts are the same", EXIT_DIFFERS: "the speculative text
 MODELS = Path(__file__).resolve().parent.parent / "models"
 BASE, HEAD = MODELS / "ds4-mini-q8_0.gguf", MODELS / "ds4-mini-mtp-q8_0.gguf"
 
-_PROMPT = "This module implements a number of functions that"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    arguments.add_prompt(parser, default=_PROMPT)
+    arguments.add_prompt(parser, default=arguments.EXAMPLE)
     arguments.add_generation(parser, n_predict=128, ctx=2048)
     arguments.add_sampling(parser)
 

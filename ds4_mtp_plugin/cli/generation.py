@@ -20,7 +20,7 @@ from ..draft import MtpDraft
 from ..stats import MtpStats
 from . import arguments
 
-__all__ = ["Generation", "generate", "load", "progress", "tokenize"]
+__all__ = ["Generation", "generate", "length", "load", "progress", "tokenize"]
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,7 @@ def generate(
     """
     with load(model_path, draft, args) as llm:
         prompt_tokens = tokenize(llm, prompt, args)
-        room = len(llm.input_ids) - len(prompt_tokens)
-        n = min(args.n_predict, room) if args.n_predict > 0 else room
+        n = length(llm, prompt_tokens, args)
         llm.set_seed(seed)
         vocab = llama_cpp.llama_model_get_vocab(llm.model)
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -128,6 +127,12 @@ def generate(
             threads=llm.n_threads,
             threads_by_default=args.threads is None,
         )
+
+
+def length(llm: Llama, prompt: list[int], args: argparse.Namespace) -> int:
+    """How many tokens to generate: as many as were asked for and the context holds."""
+    room = len(llm.input_ids) - len(prompt)
+    return min(args.n_predict, room) if args.n_predict > 0 else room
 
 
 def tokenize(llm: Llama, prompt: str, args: argparse.Namespace) -> list[int]:

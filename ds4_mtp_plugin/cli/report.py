@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from typing import Any
 
 from ..settings import current
 from ..stats import MtpStats
+from . import arguments
 from .generation import Generation
 
 __all__ = ["as_json", "nothing_drafted", "print_report"]
@@ -52,7 +52,7 @@ def print_report(plain: Generation | None, drafted: Generation) -> None:
 
 def _hint(drafted: Generation) -> None:
     """By the host's default a single row has half of the cores; a verify, as a prompt, has all."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = arguments.cores()
     if drafted.threads_by_default and drafted.threads < cores:
         print(f"A single row had {drafted.threads} of {cores} threads, the host's default: -t {cores} may be faster.")
 

@@ -52,9 +52,8 @@ class Checkpoints:
 
     def find(self, tokens: Sequence[int]) -> Checkpoint | None:
         """The last one behind which `tokens` goes on: of its text `tokens` has all, and at least one token more."""
-        known = self._text[: len(tokens)]
-        differs = np.flatnonzero(known != np.asarray(tokens[: len(known)], dtype=np.int64))
-        same = int(differs[0]) if len(differs) else len(known)
+        pairs = enumerate(zip(self._text.tolist(), tokens))  # one by one: what is no token is the host's to refuse
+        same = next((i for i, (a, b) in pairs if a != b), min(len(self._text), len(tokens)))
         return next((each for each in reversed(self._all) if each.n <= same and each.n < len(tokens)), None)
 
     def cut(self, n: int) -> None:

@@ -413,13 +413,14 @@ class Session:
     def _take_checkpoint(self, llama: Llama, n: int) -> None:
         """After a batch of n tokens, at a position where evaluating the text from its beginning would cut it too."""
         n_batch, n_tokens = llama.n_batch, llama.n_tokens
+        if not self._checkpoints.max_bytes or not self.drafts_with(llama.draft_model):
+            return
         if n != n_batch or self._ledger.save() != [(p, n_batch) for p in range(0, n_tokens, n_batch)]:
             return
-        if self._checkpoints.max_bytes and self.drafts_with(llama.draft_model):
-            try:
-                self._checkpoints.add(llama.input_ids[:n_tokens], self._spec.target.save_partial(_SEQ))
-            except _FAILURES:
-                self.disturbed()
+        try:
+            self._checkpoints.add(llama.input_ids[:n_tokens], self._spec.target.save_partial(_SEQ))
+        except _FAILURES:
+            self.disturbed()
 
     def _reevaluate(self, llama: Llama) -> None:
         """What the engine's memory holds is not known: clear it and evaluate the Llama's tokens again, as they were.

@@ -16,7 +16,6 @@ from tests.fixtures import GPU_LAYERS
 from tests.fixtures.planted import BY_CONTEXT, Planted
 
 TEXT = np.random.default_rng(3).integers(260, 500, 1600).tolist()
-WINDOW = 128
 
 pytestmark = pytest.mark.skipif(GPU_LAYERS != 0, reason="the view is for memory on the CPU")
 

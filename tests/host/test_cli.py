@@ -411,6 +411,12 @@ def test_bench_measures_all_in_turn(capsys: pytest.CaptureFixture[str], monkeypa
         assert cost["limit"] == pytest.approx(gives / (cost["verify_rows"] + cost["drafts_rows"]))
         assert cost["reached"] == pytest.approx(rows[f"{k} draft{'s' if k == '2' else ''}"]["ratio"] / cost["limit"])
 
+    # a seed at random is one seed for all
+    random = ["--temp", "1.5", "-s", "-1", "-n", "12", "-r", "1", "-k", "1", "-p", "import os"]
+    assert all(row["same_text"] for row in printed(capsys, "bench", *MINI, *random)["contenders"].values())
+    assert cli.main(["bench", *MINI, "-n", "1", "-p", "import"]) == cli.EXIT_FAILED
+    assert "the text ends at its first token" in capsys.readouterr().err
+
     # a text that differs is said, and is the exit status
     chosen = iter(range(10**6))
     monkeypatch.setattr(Llama, "sample", lambda *args, **kwargs: 300 + next(chosen) % 7)

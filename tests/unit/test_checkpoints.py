@@ -36,10 +36,11 @@ def filled(n: int, *, room: int = 100) -> Checkpoints:
         (TEXT[:10], None),
         ([], None),
         ([2**40, 1], None),
+        ([*TEXT[:25], "x", 1.5], 20),
     ],
 )
 def test_the_last_one_that_a_prompt_goes_on_behind(tokens: list[int], expected: int | None) -> None:
-    found = filled(8).find([int(token) for token in tokens])
+    found = filled(8).find([token.item() if isinstance(token, np.integer) else token for token in tokens])
     assert (None if found is None else found.n) == expected
 
 
