@@ -1,4 +1,4 @@
-"""MTP speculative decoding of DeepSeek-V4 models in llama-cpp-python.
+"""Speculative decoding in llama-cpp-python: DeepSeek-V4 models with their MTP head, any model with its own text.
 
 Import this before ``llama_cpp``: the host then loads the llama.cpp library that this package brings.
 """
@@ -6,7 +6,7 @@ Import this before ``llama_cpp``: the host then loads the llama.cpp library that
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["MtpDraft", "MtpStats", "__version__"]
+__all__ = ["MtpDraft", "MtpStats", "NgramDraft", "__version__"]
 
 #: Why the package does not work here, None where it does. `ds4-mtp doctor` and `install-engine` are there to mend it,
 #: so importing the package succeeds and using it says why it cannot.
@@ -17,7 +17,7 @@ try:
 
     ready()  # before anything imports the host
 
-    from .draft import MtpDraft
+    from .draft import MtpDraft, NgramDraft
     from .stats import MtpStats
 except ImportError as _err:
     import_error = _err

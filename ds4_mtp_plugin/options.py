@@ -1,4 +1,4 @@
-"""Checks of the options that an app passes: what is wrong is said with the option's name."""
+"""Checks of the options that an app passes: what is wrong is said with the draft's and the option's name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def path(value: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> Path:
     return Path(os.path.expanduser(text)).absolute()
 
 
-def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
+def integer(draft: str, name: str, value: Any, least: int, most: int | None = None) -> int:
     """
     Raises:
         TypeError: `value` is no integer (numpy's are).
@@ -41,14 +41,14 @@ def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
             raise TypeError
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"MtpDraft: {name} is {value!r}, expected an integer") from None
+        raise TypeError(f"{draft}: {name} is {value!r}, expected an integer") from None
     if number < least or (most is not None and number > most):
         limits = f"{least} or more" if most is None else f"{least} to {most}"
-        raise ValueError(f"MtpDraft: {name} is {number}, expected {limits}")
+        raise ValueError(f"{draft}: {name} is {number}, expected {limits}")
     return number
 
 
-def real(name: str, value: Any, what: str, most: float = math.inf) -> float:
+def real(draft: str, name: str, value: Any, what: str, most: float = math.inf) -> float:
     """
     Args:
         what: what is expected, for the message.
@@ -58,21 +58,21 @@ def real(name: str, value: Any, what: str, most: float = math.inf) -> float:
         ValueError: it is not from 0 to `most`.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"MtpDraft: {name} is {value!r}, expected {what}")
+        raise TypeError(f"{draft}: {name} is {value!r}, expected {what}")
     try:
         number = float(value)
     except OverflowError:
-        raise ValueError(f"MtpDraft: {name} is an integer that no float holds, expected {what}") from None
+        raise ValueError(f"{draft}: {name} is an integer that no float holds, expected {what}") from None
     if not 0 <= number <= most:
-        raise ValueError(f"MtpDraft: {name} is {number:g}, expected {what}")
+        raise ValueError(f"{draft}: {name} is {number:g}, expected {what}")
     return number
 
 
-def flag(name: str, value: Any) -> bool:
+def flag(draft: str, name: str, value: Any) -> bool:
     """
     Raises:
         TypeError: `value` is neither True nor False.
     """
     if not isinstance(value, bool):
-        raise TypeError(f"MtpDraft: {name} is {value!r}, expected True or False")
+        raise TypeError(f"{draft}: {name} is {value!r}, expected True or False")
     return value

@@ -13,15 +13,18 @@ class MtpStats:
         iters: verify decodes, each of one sampled token and its drafts.
         proposed: drafts verified.
         accepted: drafts that the host's sampler then chose itself.
-        proposed_per_position: drafts verified at depth 1, 2, ...
-        accepted_per_position: drafts accepted at depth 1, 2, ...
+        proposed_per_position: drafts of the head verified at depth 1, 2, ...
+        accepted_per_position: drafts of the head accepted at depth 1, 2, ...
+        ngram_iters: of the iters those with drafts from the text itself.
+        ngram_proposed: of the drafts verified those from the text.
+        ngram_accepted: and those of them that were accepted.
         plain: single tokens decoded in a generation without drafts (no room, no hidden row yet, or a failure).
         resumed: tokens of prompts that were not evaluated, because a checkpoint was behind them.
         failures: generations that something failed in, and that went on plainly.
         draft_decodes: decodes of the MTP head.
         draft_ms: time spent in drafting, milliseconds.
         verify_ms: time spent in verify decodes, milliseconds.
-        depth: the greatest number of drafts per cycle (num_pred_tokens after clamping).
+        depth: the greatest number of drafts of the head per cycle (num_pred_tokens after clamping).
         exact: the text is promised to be plain decoding's, byte for byte; it is where nothing is drafted.
     """
 
@@ -30,6 +33,9 @@ class MtpStats:
     accepted: int = 0
     proposed_per_position: tuple[int, ...] = ()
     accepted_per_position: tuple[int, ...] = ()
+    ngram_iters: int = 0
+    ngram_proposed: int = 0
+    ngram_accepted: int = 0
     plain: int = 0
     resumed: int = 0
     failures: int = 0
@@ -56,7 +62,7 @@ class MtpStats:
 
     @property
     def cycles_per_depth(self) -> tuple[int, ...]:
-        """Cycles with 0, 1, 2, ... drafts; one with 0 is a plain decode."""
+        """Cycles with 0, 1, 2, ... drafts of the head; one with 0 is a plain decode."""
         at_least = (*self.proposed_per_position, 0)
         return (self.plain, *(a - b for a, b in zip(at_least, at_least[1:])))
 
@@ -65,7 +71,9 @@ class MtpStats:
         return (
             f"mtp accept: iters={self.iters} proposed={self.proposed} accepted={self.accepted} "
             f"rate={100 * self.rate:.1f}% per_iter={self.per_iter:.2f} "
-            f"exact={'yes' if self.exact else 'no'}" + (f" failures={self.failures}" if self.failures else "")
+            f"exact={'yes' if self.exact else 'no'}"
+            + (f" ngram={self.ngram_accepted}/{self.ngram_proposed}" if self.ngram_proposed else "")
+            + (f" failures={self.failures}" if self.failures else "")
         )
 
 
@@ -83,24 +91,35 @@ class Counters:
         self.verify_s = 0.0
         self._proposed = [0] * depth
         self._accepted = [0] * depth
+        self._ngram_iters = self._ngram_proposed = self._ngram_accepted = 0
 
-    def verified(self, n_drafts: int) -> None:
-        """A verify decode of `n_drafts` drafts was made."""
+    def verified(self, n_drafts: int, *, ready: bool = False) -> None:
+        """A verify decode of `n_drafts` drafts was made; of those that lay ready, or of the head's."""
         self.iters += 1
+        if ready:
+            self._ngram_iters += 1
+            self._ngram_proposed += n_drafts
+            return
         for i in range(n_drafts):
             self._proposed[i] += 1
 
-    def accepted(self, position: int) -> None:
+    def accepted(self, position: int, *, ready: bool = False) -> None:
         """The draft at depth `position` (from 0) was accepted."""
-        self._accepted[position] += 1
+        if ready:
+            self._ngram_accepted += 1
+        else:
+            self._accepted[position] += 1
 
     def snapshot(self, *, draft_decodes: int) -> MtpStats:
         return MtpStats(
             iters=self.iters,
-            proposed=sum(self._proposed),
-            accepted=sum(self._accepted),
+            proposed=sum(self._proposed) + self._ngram_proposed,
+            accepted=sum(self._accepted) + self._ngram_accepted,
             proposed_per_position=tuple(self._proposed),
             accepted_per_position=tuple(self._accepted),
+            ngram_iters=self._ngram_iters,
+            ngram_proposed=self._ngram_proposed,
+            ngram_accepted=self._ngram_accepted,
             plain=self.plain,
             resumed=self.resumed,
             failures=self.failures,

@@ -13,6 +13,8 @@ from typing import Any
 
 from llama_cpp import Llama
 
+from ..draft import Draft, MtpDraft, NgramDraft
+
 # Of a C int, which the engine takes.
 _MOST = 2**31 - 1
 # The engine's own bound (GGML_MAX_N_THREADS); more end the process.
@@ -91,10 +93,22 @@ _SAMPLING: tuple[tuple[str, str, Callable[[str], float], str], ...] = (
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The files and where their layers go."""
     parser.add_argument("-m", "--model", required=True, metavar="BASE", help="GGUF of the model")
-    parser.add_argument("--mtp", required=True, metavar="MTP", help="GGUF of its MTP head")
+    parser.add_argument(
+        "--mtp", metavar="MTP", help="GGUF of its MTP head; without one drafts come from the text itself, of any model"
+    )
     parser.add_argument(
         "-ngl", "--n-gpu-layers", type=integer(-1), default=0, metavar="N", help="layers on the GPU, -1 all"
     )
+
+
+def draft(args: argparse.Namespace, **options: Any) -> Draft:
+    """The draft that --mtp and -k ask for; `options` go before -k.
+
+    Raises:
+        OSError, ValueError: the file is no head that can be used.
+    """
+    options = {"num_pred_tokens": args.num_pred_tokens, **options}
+    return NgramDraft(**options) if args.mtp is None else MtpDraft(args.mtp, **options)
 
 
 def add_prompt(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
@@ -115,7 +129,7 @@ def add_generation(
     *,
     n_predict: int,
     ctx: int,
-    depth: str = "drafts per cycle (default: 0 to 3, by what is measured)",
+    depth: str = "drafts per cycle (default: by what is measured)",
 ) -> None:
     """Lengths, threads, the depth of drafts, and how a result is printed."""
     parser.add_argument(

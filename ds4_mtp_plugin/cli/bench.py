@@ -18,7 +18,7 @@ from typing import Any
 import llama_cpp
 from llama_cpp import Llama
 
-from ..draft import MtpDraft
+from ..draft import MAX_PRED_TOKENS, Draft
 from ..engine.cpu import cpu
 from ..host.wraps import session_of
 from ..settings import current
@@ -50,11 +50,12 @@ class Contender:
     accepted: list[int] = field(default_factory=list)  # verifies in which drafts 1, 2, ... were accepted
     verifies: list[int] = field(default_factory=list)  # verifies with such a draft
 
-    def run(self, llm: Llama, draft: MtpDraft, prompt: list[int], n: int, seed: int, sampling: dict[str, Any]) -> None:
+    def run(self, llm: Llama, draft: Draft, prompt: list[int], n: int, seed: int, sampling: dict[str, Any]) -> None:
         session = session_of(llm)
         assert session is not None
         llm.draft_model = None if self.depth is None else draft
-        session.choose_by(self.depth)
+        if self.depth is not None:
+            session.choose_by(self.depth)
         llm.reset()  # type: ignore[no-untyped-call, unused-ignore]
         llm.set_seed(seed)
         before = draft.stats
@@ -92,7 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-r", "--rounds", type=arguments.integer(1), default=5, metavar="N", help="after one to warm up (%(default)s)"
     )
-    arguments.add_generation(parser, n_predict=128, ctx=4096, depth="the greatest number of drafts (default: 3)")
+    arguments.add_generation(
+        parser, n_predict=128, ctx=4096, depth="the greatest number of drafts (default: 3 of a head, 16 of the text)"
+    )
     arguments.add_sampling(parser)
 
 
@@ -103,19 +106,23 @@ def do(args: argparse.Namespace) -> int:
     if args.num_pred_tokens == 0:
         args.usage_error("-k 0: expected the greatest number of drafts, 1 or more")
     # Without checkpoints: everyone reads the whole prompt each time.
-    draft = MtpDraft(args.mtp, num_pred_tokens=args.num_pred_tokens or 3, checkpoints_mb=0)
+    most = args.num_pred_tokens or (3 if args.mtp else MAX_PRED_TOKENS)
+    draft = arguments.draft(args, num_pred_tokens=most, adaptive=True, checkpoints_mb=0)
     # Equal threads for a single row and for a verify: by the host's default a row has half of them.
     args.threads = args.threads or arguments.cores()
     chosen = seed(args)
     with generation.load(args.model, draft, args) as llm:
-        if session_of(llm) is None or draft.stats.depth == 0:
+        if session_of(llm) is None:
             raise RuntimeError("this model does not draft as it was loaded; stderr says why")
         tokens = generation.tokenize(llm, prompt, args)
         n = generation.length(llm, tokens, args)
         field = [
             Contender("plain", None),
             Contender("automatic", AdaptiveDepth(draft.stats.depth)),
-            *(Contender(f"{k} draft{'s' if k > 1 else ''}", FixedDepth(k)) for k in range(1, draft.stats.depth + 1)),
+            *(
+                Contender(f"{k} draft{'s' if k > 1 else ''}", FixedDepth(k, text=False))
+                for k in range(1, draft.stats.depth + 1)
+            ),
         ]
         with generation.progress(f"{1 + args.rounds} rounds of {len(field)} times {n} tokens"):
             for turn in range(1 + args.rounds):
@@ -193,7 +200,10 @@ def rendered(result: dict[str, Any]) -> str:
             f"{row['first_token_ms']:9.0f} ms" + ("" if row["same_text"] else "  OTHER TEXT")
         )
     accepted = ", ".join(f"{share:.2f}" for share in result["acceptance"])
-    lines.append(f"accepted at position 1, 2, ...: {accepted}; a single row takes {result['single_row_ms']:.2f} ms")
+    lines.append(
+        (f"accepted at position 1, 2, ...: {accepted}; " if accepted else "")
+        + f"a single row takes {result['single_row_ms']:.2f} ms"
+    )
     lines += [
         f"-k {k}: verify {cost['verify_rows']:.2f} rows, drafting {cost['drafts_rows']:.2f}; "
         f"at best {cost['limit']:.2f}, reached {cost['reached']:.2f} of it"
@@ -204,7 +214,7 @@ def rendered(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def other_threads(llm: Llama, draft: MtpDraft, prompt: list[int], threads: int) -> int | None:
+def other_threads(llm: Llama, draft: Draft, prompt: list[int], threads: int) -> int | None:
     """The number of threads with which plain decoding is faster than with `threads` by more than noise, if any."""
 
     def milliseconds(n: int) -> float:

@@ -6,7 +6,7 @@ import argparse
 import random
 import sys
 
-from ..draft import MtpDraft
+from ..draft import Draft
 from . import EXIT_DIFFERS, EXIT_OK, generation, report
 
 __all__ = ["compare", "seed"]
@@ -18,9 +18,8 @@ def seed(args: argparse.Namespace) -> int:
     return random.randrange(2**32 - 1) if args.seed == -1 else int(args.seed)
 
 
-def compare(model: str, mtp: str, prompt: str, args: argparse.Namespace) -> int:
-    """Generate plainly, then with the head; an exit status."""
-    draft = MtpDraft(mtp, num_pred_tokens=args.num_pred_tokens)  # a wrong path is known before the base is loaded
+def compare(model: str, draft: Draft, prompt: str, args: argparse.Namespace) -> int:
+    """Generate plainly, then with the draft; an exit status."""
     chosen = seed(args)
 
     def title(text: str) -> None:

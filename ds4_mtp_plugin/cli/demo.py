@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..draft import MtpDraft
 from . import EXIT_DIFFERS, EXIT_OK, arguments
 from .comparison import compare
 
@@ -25,4 +26,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def do(args: argparse.Namespace) -> int:
-    return compare(str(BASE), str(HEAD), arguments.prompt(args), args)
+    draft = MtpDraft(HEAD, num_pred_tokens=args.num_pred_tokens)
+    return compare(str(BASE), draft, arguments.prompt(args), args)

@@ -16,7 +16,7 @@ import jinja2
 import llama_cpp
 from llama_cpp import Llama
 
-from ..draft import MtpDraft
+from ..draft import Draft
 from ..stats import MtpStats
 from . import arguments
 
@@ -56,7 +56,7 @@ class Generation:
 
 
 @contextlib.contextmanager
-def load(model_path: str, draft: MtpDraft | None, args: argparse.Namespace) -> Iterator[Llama]:
+def load(model_path: str, draft: Draft | None, args: argparse.Namespace) -> Iterator[Llama]:
     """A Llama that is closed again."""
     with progress(f"loading {model_path}"):
         llm = Llama(
@@ -75,7 +75,7 @@ def load(model_path: str, draft: MtpDraft | None, args: argparse.Namespace) -> I
 
 
 def generate(
-    model_path: str, draft: MtpDraft | None, prompt: str, args: argparse.Namespace, *, seed: int = 1
+    model_path: str, draft: Draft | None, prompt: str, args: argparse.Namespace, *, seed: int = 1
 ) -> Generation:
     """Load, generate, stream to stdout unless ``args.json``, and free everything again.
 

@@ -29,12 +29,17 @@ def print_report(plain: Generation | None, drafted: Generation) -> None:
     positions = "  ".join(f"{i + 1}: {100 * rate:.0f} %" for i, rate in enumerate(stats.rate_per_position))
     per_cycle = 1 + stats.per_iter
     verify, step = stats.verify_ms / stats.iters, stats.draft_ms / max(1, stats.draft_decodes)
-    print(f"accepted     {positions}   ({per_cycle:.2f} tokens per cycle)")
-    all_cycles = max(1, sum(stats.cycles_per_depth))
+    print(f"accepted     {positions or f'{100 * stats.rate:.0f} %'}   ({per_cycle:.2f} tokens per cycle)")
+    all_cycles = max(1, stats.iters + stats.plain)
     depths = "  ".join(f"{k}: {100 * n / all_cycles:.0f} %" for k, n in enumerate(stats.cycles_per_depth))
     print(f"drafts       {depths} of the cycles")
+    if stats.ngram_iters:
+        share = 100 * stats.ngram_iters / all_cycles
+        print(f"of the text  {share:.0f} % of the cycles, {stats.ngram_accepted} of {stats.ngram_proposed} accepted")
     rows = 1 + stats.proposed / stats.iters
-    print(f"cost         verify of {rows:.1f} rows {verify:.2f} ms, MTP step {step:.2f} ms", end="")
+    print(f"cost         verify of {rows:.1f} rows {verify:.2f} ms", end="")
+    if stats.draft_decodes:
+        print(f", MTP step {step:.2f} ms", end="")
     if plain is None:
         print()
         _hint(drafted)

@@ -1,4 +1,4 @@
-"""Generate greedily with the head, then ask plain decoding what it would have chosen at each token.
+"""Generate greedily with drafts, then ask plain decoding what it would have chosen at each token.
 
 Where speculation is exact every token is plain decoding's own choice. Where it is not (GPUs), a token may be another
 one whose logit was as good as equal: the worst gap says how equal.
@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from ..draft import MtpDraft
 from ..replay import replay
 from ..settings import current
 from . import EXIT_DIFFERS, EXIT_FAILED, EXIT_OK, arguments, generation, report
 
-HELP = "how far greedy text with the head is from the plain one"
+HELP = "how far greedy text with drafts is from the plain one"
 EXITS = {
     EXIT_OK: "the worst gap is within the bound",
     EXIT_FAILED: "failed, or nothing was drafted, so that nothing was compared; stderr says why, in a line",
@@ -44,8 +43,7 @@ def do(args: argparse.Namespace) -> int:
     prompt = arguments.prompt(args)
     if current().disable:
         raise ValueError("DS4_MTP_SPEC_DISABLE is set: nothing is drafted, and there is nothing to compare. Unset it")
-    draft = MtpDraft(args.mtp, num_pred_tokens=args.num_pred_tokens)
-    drafted = generation.generate(args.model, draft, prompt, args)
+    drafted = generation.generate(args.model, arguments.draft(args), prompt, args)
     if drafted.stats is None or not drafted.stats.proposed:
         raise RuntimeError(f"nothing was drafted in {len(drafted.tokens)} tokens, so that nothing was compared")
     with generation.load(args.model, None, args) as llm, generation.progress("decoding it plainly"):

@@ -14,7 +14,7 @@ from .context import (
     Model,
     NoSuchRow,
 )
-from .library import ABI, LIBRARY_DIR, Library, ffi
+from .library import ABI, LIBRARY_DIR, ROLLBACK_ANY, ROLLBACK_RECENT, Library, ffi
 
 __all__ = [
     "ABI",
@@ -22,6 +22,8 @@ __all__ = [
     "HIDDEN_OFF",
     "HIDDEN_OUTPUTS",
     "LIBRARY_DIR",
+    "ROLLBACK_ANY",
+    "ROLLBACK_RECENT",
     "Batch",
     "Best",
     "Context",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from .library import Library, ffi
+from .library import ROLLBACK_ANY, ROLLBACK_RECENT, Library, ffi
 
 # enum ds4_mtp_hidden
 HIDDEN_OFF, HIDDEN_OUTPUTS, HIDDEN_ALL = 0, 1, 2
@@ -134,6 +134,7 @@ class Context:
     Attributes:
         n_embd_out: floats in a hidden row (hyper-connection streams times width).
         window: width of the sliding attention window of the model's NextN blocks, 0 where it has none.
+        n_rollback: rows of the last micro-batch that can be taken back, whatever they hold.
     """
 
     def __init__(self, library: Library, ptr: Any, *, owned: bool) -> None:
@@ -154,6 +155,8 @@ class Context:
         self.n_embd_out = int(self._lib.llama_model_n_embd_out(model))
         self.n_layer_nextn = int(self._lib.llama_model_n_layer_nextn(model))
         self.window = int(self._lib.ds4_mtp_window(model))
+        most = {ROLLBACK_RECENT: self.n_rs_seq, ROLLBACK_ANY: self.n_ubatch}
+        self.n_rollback = most.get(library.rollback(model), 0)
         self._best = ffi.new("struct ds4_mtp_best *")
         self._picker: Any = None
 

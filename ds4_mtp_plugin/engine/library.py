@@ -10,7 +10,7 @@ import typing as _t
 import cffi as _cffi
 
 # Must equal DS4_MTP_ABI of patches/src/ds4-mtp.h.
-ABI = 3
+ABI = 4
 
 
 def _library_dir() -> _pathlib.Path:
@@ -26,6 +26,9 @@ LIBRARY_DIR = _library_dir()
 
 ffi: _t.Any = _cffi.FFI()
 ffi.cdef(_resources.files(__package__).joinpath("cdef.txt").read_text(encoding="utf-8"))
+
+# enum ds4_mtp_rollback
+ROLLBACK_RECENT, ROLLBACK_ANY = 1, 2
 
 # enum ds4_mtp_struct: every struct that crosses the interface by value.
 _BY_VALUE = ("struct llama_model_params", "struct llama_context_params", "llama_batch")
@@ -92,6 +95,14 @@ class Library:
     def ask_rows_alone(self, on: bool) -> None:
         """Ask the GPUs for that, which costs time, or take it back. They do it while anybody in the process asks."""
         self.lib.ds4_mtp_gpu_rows_alone(on)
+
+    def rollback(self, model: _t.Any) -> int:
+        """Which rows the memory of a model's contexts can take back: ROLLBACK_RECENT, ROLLBACK_ANY, or 0 for none.
+
+        Args:
+            model: a pointer or an address.
+        """
+        return int(self.lib.ds4_mtp_rollback(ffi.cast("struct llama_model *", model)))
 
     @property
     def compiler(self) -> str:

@@ -29,6 +29,7 @@ class ContextParams(Protocol):
     n_ubatch: int
     n_rs_seq: int
     embeddings: bool
+    swa_full: bool
 
 
 class ModelParams(Protocol):
@@ -82,6 +83,7 @@ class Llama(Protocol):
     scores: npt.NDArray[np.single]
     draft_model: object
     lora_path: str | None
+    _model: Model
     _lora_adapter: object
     _ctx: Context
     _logits_all: bool

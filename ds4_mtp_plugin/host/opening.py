@@ -16,11 +16,11 @@ from typing import Any
 
 import llama_cpp
 
-from ..draft import MAX_PRED_TOKENS, MtpDraft, gate, in_use
-from ..engine import Context, EngineError, Model, ffi
-from ..gguf import check_pair
+from ..draft import MAX_PRED_TOKENS, Draft, MtpDraft, gate, in_use
+from ..engine import ROLLBACK_RECENT, Context, EngineError, Model, ffi
+from ..gguf import check_pair, read_header
 from ..settings import current as settings
-from ..speculation import AdaptiveDepth, CommonSpeculative, MtpDrafter
+from ..speculation import AdaptiveDepth, ChainDrafter, CommonSpeculative, Drafter, MtpDrafter, NgramDrafter, NoDrafter
 from .checkpoints import Checkpoints
 from .contract import ContextParams, Llama
 from .library import current as library
@@ -38,8 +38,11 @@ _STREAMS = ("deepseek4", "qwen4exp")
 # the work on a row by that size, so rows on two sides of such a mark are not verified together there.
 GPU_BLOCK = 256
 
+# Architectures whose rows were compared on a GPU, alone and in a verify.
+_GPU_TESTED = ("deepseek4",)
+
 # Of the Llama that is being constructed, for the contexts that its constructor creates.
-_scope: ContextVar[MtpDraft | None] = ContextVar("draft", default=None)
+_scope: ContextVar[Draft | None] = ContextVar("draft", default=None)
 
 
 class _NoSpeculation(Exception):
@@ -53,11 +56,13 @@ class Admission:
     Attributes:
         why_off: why it will not draft, for a warning; None where it will, or where nobody has to be told.
         drafts: whether a session is to be opened.
+        tested: its rows were tested to have the same bits alone and in a verify, on some machines.
     """
 
-    draft: MtpDraft
+    draft: Draft
     why_off: str | None
     drafts: bool
+    tested: bool
 
     @contextlib.contextmanager
     def in_scope(self) -> Iterator[None]:
@@ -77,14 +82,14 @@ class Admission:
         session = None
         if self.drafts:
             try:
-                session = _open(llama, self.draft)
+                session = _open(llama, self.draft, tested=self.tested)
             except _NoSpeculation as err:
                 self.why_off = str(err)
             except BaseException:
                 llama.close()
                 raise
         if self.why_off:
-            warnings.warn(f"MtpDraft: no speculation: {self.why_off}", RuntimeWarning, stacklevel=4)
+            warnings.warn(f"{type(self.draft).__name__}: no speculation: {self.why_off}", RuntimeWarning, stacklevel=4)
         return session
 
 
@@ -101,7 +106,7 @@ def admit(arguments: Mapping[str, Any]) -> Admission | None:
     draft, model_path = arguments.get("draft_model"), arguments.get("model_path")
     if isinstance(draft, (str, bytes, os.PathLike)):
         raise TypeError(f"draft_model is {draft!r}; expected a draft: draft_model=MtpDraft({draft!r})")
-    if not isinstance(draft, MtpDraft) or model_path is None:
+    if not isinstance(draft, Draft) or model_path is None:
         return None
     for name in ("n_batch", "type_k", "type_v"):
         value = arguments.get(name)
@@ -109,25 +114,39 @@ def admit(arguments: Mapping[str, Any]) -> Admission | None:
             raise ValueError(f"{name} is {value}, expected 0 or more")
     why_off = _why_off(arguments)
     drafts = not (why_off or settings().disable)
+    tested = True
     if drafts and os.path.exists(model_path):
+        name = type(draft).__name__
         # Before the host loads the model: a pair that does not fit may cost minutes, or end the process.
         if in_use(draft):
-            raise ValueError("MtpDraft: this draft is in use by another Llama; give each Llama an MtpDraft of its own")
-        check_pair(model_path, draft.model_path, arguments.get("kv_overrides") or {})
+            raise ValueError(f"{name}: this draft is in use by another Llama; give each Llama one of its own")
+        if isinstance(draft, MtpDraft):
+            check_pair(model_path, draft.model_path, arguments.get("kv_overrides") or {})
+        else:
+            on_gpu = _on_gpu(arguments.get("n_gpu_layers", 0))
+            tested = _rows_tested(model_path, flash=bool(arguments.get("flash_attn")), on_gpu=on_gpu)
         caches = {kind for name in ("type_k", "type_v") if (kind := arguments.get(name)) is not None}
         n_rows = 1 + min(draft.num_pred_tokens, MAX_PRED_TOKENS)
-        if _asks_for_exact(draft) and (why := _why_not_exact(arguments.get("n_gpu_layers", 0), n_rows, caches)):
+        if _asks_for_exact(draft) and (
+            why := _why_not_exact(arguments.get("n_gpu_layers", 0), n_rows, caches, tested=tested)
+        ):
             raise ValueError(
-                f"MtpDraft: exact=True (or DS4_MTP_STRICT) cannot be promised here: {why}. Without it the text is "
+                f"{name}: exact=True (or DS4_MTP_STRICT) cannot be promised here: {why}. Without it the text is "
                 "near-greedy there"
             )
-    return Admission(draft, why_off, drafts)
+    return Admission(draft, why_off, drafts, tested)
 
 
-def depth_in_scope(params: ContextParams) -> int | None:
-    """Rows that a context has to roll back which is being created now; None where no Llama with a draft creates it."""
+def depth_in_scope(model: int | None, params: ContextParams) -> int | None:
+    """Rows that a context of `model` has to be made for to roll back, which is created now.
+
+    None where no Llama with a draft creates it, or where nothing has to be done for that.
+    """
     draft = _scope.get()
-    return None if draft is None else _depth(draft, params)
+    if draft is None or model is None or library().rollback(model) != ROLLBACK_RECENT:
+        return None
+    # Checkpoints need one, to cut memory where they are loaded.
+    return max(*_depths(draft, params), int(draft.checkpoints_mb > 0 and params.n_ubatch > 1))
 
 
 def refuse_embeddings(model: int | None) -> str | None:
@@ -152,12 +171,30 @@ def _why_off(arguments: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _asks_for_exact(draft: MtpDraft) -> bool:
+def _asks_for_exact(draft: Draft) -> bool:
     return bool(draft.exact or settings().strict)
 
 
-def _why_not_exact(n_gpu_layers: int, n_rows: int, caches: AbstractSet[int]) -> str | None:
+def _rows_tested(model_path: str, *, flash: bool, on_gpu: bool) -> bool:
+    """Whether a row of the model rounds alike alone and among few, as far as its attention is concerned.
+
+    Flash attention on the CPU divides the work on a single row by the length of the text, except where there are sinks
+    (ggml/src/ggml-cpu/ops.cpp).
+    """
+    if not flash and not on_gpu:
+        return True
+    try:
+        header = read_header(model_path)
+    except (OSError, ValueError):
+        return False  # the host says what is wrong with the file
+    sinks = any(name.endswith("attn_sinks.weight") for name in header.tensors)
+    return (sinks or not flash) and (not on_gpu or header.metadata.get("general.architecture") in _GPU_TESTED)
+
+
+def _why_not_exact(n_gpu_layers: int, n_rows: int, caches: AbstractSet[int], *, tested: bool) -> str | None:
     """Why a row may round otherwise in a verify of `n_rows` than alone, None where it need not. `caches`: GGML types"""
+    if not tested:
+        return "the attention of this model computes a single row in another order than several (flash_attn, or a GPU)"
     machine = platform.machine().lower()
     if machine not in ("x86_64", "amd64"):
         return f"it was tested on no CPU of this kind ({machine}), on x86-64 alone"
@@ -177,45 +214,65 @@ def _why_not_exact(n_gpu_layers: int, n_rows: int, caches: AbstractSet[int]) -> 
     return None
 
 
-def _depth(draft: MtpDraft, params: ContextParams) -> int:
-    """Drafts per cycle. A verify takes one row more, and has to fit a micro-batch for its rows to be rolled back."""
-    room = min(int(params.n_batch), int(params.n_ubatch)) - 1
-    return max(0, min(draft.num_pred_tokens, MAX_PRED_TOKENS, room))
+def _depths(draft: Draft, params: ContextParams) -> tuple[int, int]:
+    """Drafts per cycle by the head, and from the text.
+
+    A verify takes one row more, and has to fit a micro-batch for its rows to be rolled back.
+    """
+    room = max(0, min(int(params.n_batch), int(params.n_ubatch)) - 1)
+    most = min(draft.num_pred_tokens, MAX_PRED_TOKENS, room)
+    if not isinstance(draft, MtpDraft):
+        return 0, most
+    ngram = draft.adaptive if draft.ngram is None else draft.ngram
+    return most, min(MAX_PRED_TOKENS, room) if ngram else 0
 
 
-def _open(llama: Llama, draft: MtpDraft) -> Session | None:
-    """Load the head and join it with `llama`; None where there is nothing to draft (a depth of 0).
+def _open(llama: Llama, draft: Draft, *, tested: bool) -> Session | None:
+    """Load the head, if there is one, and join it with `llama`; None where there is nothing to do.
 
     Raises:
         ValueError: the files do not fit together.
         _NoSpeculation: the engine cannot draft, most likely for want of memory.
     """
-    depth = _depth(draft, llama.context_params)
-    if depth == 0:
+    of_head, of_text = _depths(draft, llama.context_params)
+    checkpoints = _checkpoints(llama, draft)
+    if of_head == of_text == 0 and checkpoints is None:
         return None
     if llama.pooling_type() != llama_cpp.LLAMA_POOLING_TYPE_NONE:
         raise _NoSpeculation(f"the engine gives no hidden rows where it pools (pooling_type={llama.pooling_type()})")
     target = Context(library(), llama._ctx.ctx, owned=False)
-    if target.n_rs_seq < depth:
-        raise _NoSpeculation("the engine could not create a context that can roll back (its log on stderr says why)")
-    on_gpu, params = _on_gpu(llama.model_params.n_gpu_layers), llama.context_params
-    why_not = _why_not_exact(llama.model_params.n_gpu_layers, depth + 1, {params.type_k, params.type_v})
+    if target.n_rollback < max(of_head, of_text):
+        raise _NoSpeculation(
+            "the engine could not create a context that can roll back (its log on stderr says why)"
+            if library().rollback(llama._model.model) == ROLLBACK_RECENT
+            else "the memory of this model (recurrent, hybrid, or not causal) cannot take back rejected drafts"
+        )
+    n_gpu_layers, params = llama.model_params.n_gpu_layers, llama.context_params
+    on_gpu, caches = _on_gpu(n_gpu_layers), {params.type_k, params.type_v}
+    n_rows = 1 + (of_head or of_text)
+    why_not = _why_not_exact(n_gpu_layers, n_rows, caches, tested=tested)
     # A GPU's kernels that give the bits of single rows are slower, so they are for those who ask for them.
     alone = on_gpu and _asks_for_exact(draft) and why_not is None
+    exact = alone or (not on_gpu and why_not is None)
+    if isinstance(draft, MtpDraft) and draft.ngram is None and not exact:
+        of_text = 0
+    if alone:
+        of_text = min(of_text, library().gpu_rows - 1)
     with ExitStack() as on_error:
         try:
-            drafter = _open_drafter(llama, draft, target, on_error, alone=alone)
+            drafter = _open_drafter(llama, draft, target, on_error, of_head=of_head, of_text=of_text, alone=alone)
         except EngineError as err:
             raise _NoSpeculation(str(err)) from None
-        spec = CommonSpeculative(target, drafter, n_draft=depth, within=GPU_BLOCK if alone else None)
-        spec.counters.exact = alone or (not on_gpu and why_not is None)
-        depth_of = AdaptiveDepth(depth) if draft.adaptive and spec.counters.exact else None
+        spec = CommonSpeculative(
+            target, drafter, n_draft=max(of_head, of_text), n_asked=of_head, within=GPU_BLOCK if alone else None
+        )
+        spec.counters.exact = exact
         session = Session(
             llama,
             draft,
             spec,
-            depth=depth_of,
-            checkpoints=Checkpoints(draft.checkpoints_mb * 10**6) if _takes_checkpoints(llama, on_gpu) else None,
+            depth=AdaptiveDepth(of_head) if draft.adaptive and exact else None,
+            checkpoints=checkpoints,
             single_rows=1 if alone else SINGLE_ROWS,
         )
         on_error.pop_all()
@@ -224,16 +281,37 @@ def _open(llama: Llama, draft: MtpDraft) -> Session | None:
     return session
 
 
-def _takes_checkpoints(llama: Llama, on_gpu: bool) -> bool:
-    """Whether a text that goes on behind a checkpoint rounds as one that was evaluated from its beginning.
+def _checkpoints(llama: Llama, draft: Draft) -> Checkpoints | None:
+    """For memory that cannot be cut, where a text that goes on behind a checkpoint rounds as one from its beginning.
 
     Loading puts a window's rows at the beginning of the cache. Where they were a multiple of 128 further on, every
-    kernel of the CPU sums them in the same order. And the host must want no row of logits of what is not evaluated.
+    kernel of the CPU sums them in the same order; in a cache of a window's size (swa_full=False) they lie in a ring,
+    which turns otherwise then. And the host must want no row of logits of what is not evaluated.
     """
-    return not on_gpu and llama.n_batch % 256 == 0 and not llama._logits_all
+    if library().rollback(llama._model.model) != ROLLBACK_RECENT or _on_gpu(llama.model_params.n_gpu_layers):
+        return None
+    params = llama.context_params
+    if draft.checkpoints_mb == 0 or not params.swa_full or params.n_batch % 256 != 0 or llama._logits_all:
+        return None
+    return Checkpoints(draft.checkpoints_mb * 10**6)
 
 
-def _open_drafter(llama: Llama, draft: MtpDraft, target: Context, on_error: ExitStack, *, alone: bool) -> MtpDrafter:
+def _open_drafter(
+    llama: Llama, draft: Draft, target: Context, on_error: ExitStack, *, of_head: int, of_text: int, alone: bool
+) -> Drafter:
+    """As `_open_head`, and before it what drafts from the text."""
+    if of_head == of_text == 0:
+        return NoDrafter()
+    if of_head == 0 or not isinstance(draft, MtpDraft):
+        if alone:
+            library().ask_rows_alone(True)
+            on_error.callback(library().ask_rows_alone, False)
+        return NgramDrafter(on_close=(lambda: library().ask_rows_alone(False)) if alone else None)
+    head = _open_head(llama, draft, target, on_error, alone=alone)
+    return ChainDrafter(NgramDrafter(), head) if of_text else head
+
+
+def _open_head(llama: Llama, draft: MtpDraft, target: Context, on_error: ExitStack, *, alone: bool) -> MtpDrafter:
     """
     Args:
         alone: as long as the drafter is open GPUs are to compute few rows as if each were alone.

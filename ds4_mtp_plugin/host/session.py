@@ -18,10 +18,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from ..draft import MAX_PRED_TOKENS, MtpDraft, attach, detach
+from ..draft import MAX_PRED_TOKENS, Draft, attach, detach
 from ..engine import HIDDEN_ALL, HIDDEN_OFF, HIDDEN_OUTPUTS, EngineError
 from ..settings import current
-from ..speculation import AdaptiveDepth, CommonSpeculative, Verify
+from ..speculation import AdaptiveDepth, CommonSpeculative, FixedDepth, Verify
 from .checkpoints import Checkpoints
 from .contract import Llama, State
 from .generation import Generation
@@ -56,7 +56,7 @@ class Session:
     def __init__(
         self,
         llama: Llama,
-        draft: MtpDraft,
+        draft: Draft,
         spec: CommonSpeculative,
         *,
         depth: AdaptiveDepth | None = None,
@@ -65,15 +65,16 @@ class Session:
     ) -> None:
         """
         Args:
-            depth: chooses the number of drafts of each cycle; None for as many as there is room for.
+            depth: chooses the number of drafts of each cycle; None for always as many as there is room for.
             checkpoints: keeps those of prompts; None for none.
             single_rows: rows that the engine computes as if each were alone, wherever they lie.
         """
         # The Llama holds its session: a strong reference back would keep a dropped Llama's memory until a collection.
         self._llama = weakref.ref(llama)
         self._draft = draft
+        self._name = type(draft).__name__
         self._spec = spec
-        self._depth = depth
+        self._depth = depth or FixedDepth(spec.counters.depth)
         # The position that a draft which was not verified is for, and that draft.
         self._unverified: tuple[int, int] | None = None
         self._ledger = Ledger(single_rows)
@@ -151,7 +152,7 @@ class Session:
             self._spec.counters.plain += 1
             t0 = time.perf_counter()
             self._eval_chunk(llama, host_eval, tokens, keep=1)
-            if self._depth is not None and generation.drafting:
+            if generation.drafting:
                 self._depth.decoded(1, time.perf_counter() - t0)
             return
         tokens = self._resume(llama, tokens)
@@ -199,6 +200,7 @@ class Session:
                 self._ledger.load(llama.n_tokens, getattr(state, "ds4_mtp_batches", None))
             # Hidden rows are no part of a state: cold until a token is evaluated.
             self._spec.begin(_SEQ)
+            self._spec.process(_SEQ, 0, llama.input_ids[: llama.n_tokens].tolist(), self._spec.target.hidden_rows(0, 0))
 
     # -- for the Llama's context --
 
@@ -247,8 +249,8 @@ class Session:
         """Whether `draft` is the one of this session; an app may take it off its Llama, and put it back."""
         return draft is self._draft
 
-    def choose_by(self, depth: AdaptiveDepth | None) -> None:
-        """From the next cycle on `depth` chooses how many tokens are drafted; None: as many as there is room for."""
+    def choose_by(self, depth: AdaptiveDepth) -> None:
+        """From the next cycle on `depth` chooses how many tokens are drafted."""
         self._depth = depth
 
     def check_open(self) -> None:
@@ -271,12 +273,13 @@ class Session:
         """The host's sampler chose `token`: count the draft for it if there was one."""
         verify, unverified, self._unverified = self._verify, self._unverified, None
         if verify is None or verify.expected is None:
-            if self._depth is not None and unverified is not None and unverified[0] == llama.n_tokens:
+            if unverified is not None and unverified[0] == llama.n_tokens:
                 self._observe(0, unverified[1] == token)
             return
-        self._observe(verify.row, verify.expected == token)
+        if not verify.ready:  # who drafts from the text keeps an account of its own
+            self._observe(verify.row, verify.expected == token)
         if verify.expected == token:
-            self._spec.counters.accepted(verify.row)
+            self._spec.counters.accepted(verify.row, ready=verify.ready)
         elif current().log:
             print(
                 f"ds4_mtp_plugin: mtp miss: position={llama.n_tokens} depth={verify.row + 1} "
@@ -285,13 +288,11 @@ class Session:
             )
 
     def _observe(self, position: int, right: bool) -> None:
-        if self._depth is None:
-            return
         self._depth.outcome(position, right)
         if self._depth.misses == _MISFIT:
             warnings.warn(
-                f"MtpDraft: {_MISFIT} first drafts in a row were wrong, so {self._draft.model_path} gains nothing. Is "
-                "it the head of this very model (ds4-mtp doctor compares the files), and not one of too few bits?",
+                f"{self._draft!r}: {_MISFIT} first drafts in a row were wrong, so it gains nothing. Is it the head of "
+                "this very model (ds4-mtp doctor compares the files), and not one of too few bits?",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -318,20 +319,23 @@ class Session:
         n_past = llama.n_tokens
         if self._spec.target.seq_pos_max(_SEQ) != n_past - 1:
             return False  # the app changed one of them: what a plain run makes of that is the host's affair
-        depth, n_max = self._depth, generation.room(n_past, len(llama.input_ids))
-        if depth is not None:
-            n_max = depth.choose(n_max) or int(depth.probing)
-        if n_max == 0:
-            return False
-        t0 = time.perf_counter()
-        try:
-            drafts = self._spec.draft(_SEQ, n_past, token, n_max)
-        except _FAILURES as err:
-            self._give_up(f"drafting failed: {err}")
-            return False
-        if not drafts:
-            return False
-        if depth is not None:
+        depth, room = self._depth, generation.room(n_past, len(llama.input_ids))
+        n_max = depth.choose(room)
+        ready = self._spec.ready(_SEQ, n_past, token, room)
+        n_ready = depth.take(n_max, ready.rates)
+        drafts = list(ready.tokens[:n_ready])
+        if n_ready == 0:
+            n_max = n_max or int(depth.probing)
+            if n_max == 0:
+                return False
+            t0 = time.perf_counter()
+            try:
+                drafts = self._spec.draft(_SEQ, n_past, token, n_max)
+            except _FAILURES as err:
+                self._give_up(f"drafting failed: {err}")
+                return False
+            if not drafts:
+                return False
             depth.drafted(len(drafts), time.perf_counter() - t0)
             if depth.probing:
                 self._unverified = n_past + 1, drafts[0]
@@ -339,13 +343,12 @@ class Session:
         t0 = time.perf_counter()
         try:
             with self._ledger.changing():
-                self._verify = self._spec.verify(_SEQ, n_past, token, drafts)
+                self._verify = self._spec.verify(_SEQ, n_past, token, drafts, ready=n_ready > 0)
                 self._commit(llama, token, self._verify)
         except _FAILURES as err:
             self._give_up(f"verifying failed: {err}")
             return False
-        if depth is not None:
-            depth.decoded(len(drafts) + 1, time.perf_counter() - t0)
+        depth.decoded(len(drafts) + 1, time.perf_counter() - t0)
         return True
 
     def _commit(self, llama: Llama, token: int, verify: Verify) -> None:
@@ -363,9 +366,9 @@ class Session:
     ) -> None:
         """The host's eval of one of its batches. Hidden rows of the last `keep` tokens are kept, while they live."""
         target, ledger, n_past = self._spec.target, self._ledger, llama.n_tokens
-        if not self.drafts_with(llama.draft_model) or (self._last is not None and not self._last.drafting):
-            keep = 0
-        target.set_hidden(HIDDEN_OFF if keep == 0 else HIDDEN_OUTPUTS if len(chunk) == 1 else HIDDEN_ALL)
+        drafting = self.drafts_with(llama.draft_model) and (self._last is None or self._last.drafting)
+        keep = min(keep, self._spec.drafter.window) if drafting else 0
+        self._spec.keep_hidden(HIDDEN_OFF if keep == 0 else HIDDEN_OUTPUTS if len(chunk) == 1 else HIDDEN_ALL)
         before = target.seq_pos_max(_SEQ)
         self._checkpoints.cut(n_past)
         try:
@@ -380,7 +383,7 @@ class Session:
                 before = llama.n_tokens - 1
             ledger.sure = target.seq_pos_max(_SEQ) == before
             raise
-        if keep:
+        if drafting:
             try:
                 hidden = target.hidden_rows(len(chunk) - keep, keep)
                 self._spec.process(_SEQ, n_past, chunk, hidden)
@@ -407,6 +410,7 @@ class Session:
         llama.input_ids[:n] = tokens[:n]
         self._ledger.load(n, [(p, n_batch) for p in range(0, n, n_batch)])
         llama.n_tokens = n
+        self._spec.process(_SEQ, 0, tokens[:n], self._spec.target.hidden_rows(0, 0))
         self._spec.counters.resumed += n
         return tokens[n:]
 
@@ -438,8 +442,8 @@ class Session:
             llama.n_tokens = 0
             if n_tokens > known:
                 raise RuntimeError(
-                    f"MtpDraft: the engine lost its memory, and only {known} of the {n_tokens} rows that it held were "
-                    "evaluated through this Llama; evaluate the prompt again"
+                    f"{self._name}: the engine lost its memory, and only {known} of the {n_tokens} rows that it held "
+                    "were evaluated through this Llama; evaluate the prompt again"
                 )
             for first, end in batches:
                 llama.eval(llama.input_ids[first:end].tolist())
@@ -457,4 +461,4 @@ class Session:
         self._spec.counters.failures += 1
         if not self._warned:
             self._warned = True
-            warnings.warn(f"MtpDraft: decoding plainly: {why}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{self._name}: decoding plainly: {why}", RuntimeWarning, stacklevel=2)

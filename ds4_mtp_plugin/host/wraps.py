@@ -18,7 +18,7 @@ import llama_cpp
 from llama_cpp import _ctypes_extensions, _internals
 from llama_cpp.llama_cpp import llama_memory_seq_pos_max
 
-from ..draft import MtpDraft
+from ..draft import Draft
 from . import library
 from .contract import Context, Llama, Model
 from .opening import admit, depth_in_scope, refuse_embeddings
@@ -75,7 +75,7 @@ def init(host: _Host, llama: Llama, *args: object, **kwargs: object) -> None:
 
 def getstate(host: _Host, llama: Llama) -> dict[str, Any]:
     state: dict[str, Any] = host(llama)
-    if isinstance(draft := state.get("draft_model"), MtpDraft):
+    if isinstance(draft := state.get("draft_model"), Draft):
         state["draft_model"] = copy.copy(draft)  # what is made of the state cannot share a head with this Llama
     return state
 
@@ -83,7 +83,7 @@ def getstate(host: _Host, llama: Llama) -> dict[str, Any]:
 def reduce_ex(host: _Host, llama: Llama, protocol: object) -> Any:
     """Pickles name this package before the host: where they are loaded, the host has to find our library."""
     reduced = host(llama, protocol)
-    if not isinstance(reduced, tuple) or not isinstance(_fields(llama).get("draft_model"), MtpDraft):
+    if not isinstance(reduced, tuple) or not isinstance(_fields(llama).get("draft_model"), Draft):
         return reduced
     return new_llama, (type(llama),), *reduced[2:]
 
@@ -106,7 +106,7 @@ def generate(host: _Host, llama: Llama, *args: object, **kwargs: object) -> Any:
     session = session_of(llama)
     if session is None:
         return host(llama, *args, **kwargs)
-    # The loop asks the draft_model for tokens, as the host's protocol has it, and an MtpDraft has none to give.
+    # The loop asks the draft_model for tokens, as the host's protocol has it, and ours have none to give.
     return session.generate(llama, host(llama, *args, **kwargs))
 
 
@@ -164,13 +164,13 @@ class DraftModel:
         session = session_of(llama)
         if session is not None and value is not None and not session.drafts_with(value):
             raise ValueError(
-                f"draft_model is {value!r}: this Llama was made for its own MtpDraft; that, or None to draft nothing, "
+                f"draft_model is {value!r}: this Llama was made for its own draft; that, or None to draft nothing, "
                 "is all that it takes. Make another Llama for another draft"
             )
-        if session is None and isinstance(value, MtpDraft) and value is not _fields(llama).get("draft_model"):
+        if session is None and isinstance(value, Draft) and value is not _fields(llama).get("draft_model"):
             raise ValueError(
                 f"draft_model is {value!r}: this Llama was made without it and has no memory for drafts; pass it to "
-                "the constructor, Llama(..., draft_model=MtpDraft(...))"
+                f"the constructor, Llama(..., draft_model={type(value).__name__}(...))"
             )
         _fields(llama)["draft_model"] = value
 
@@ -179,7 +179,7 @@ class DraftModel:
 
 
 def context_init(host: _Host, context: Context, *, model: Model, params: Any, verbose: bool = True) -> None:
-    n_rs_seq = depth_in_scope(params)
+    n_rs_seq = depth_in_scope(model.model, params)
     if n_rs_seq is None:
         host(context, model=model, params=params, verbose=verbose)
     else:

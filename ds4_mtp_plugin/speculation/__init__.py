@@ -2,15 +2,20 @@
 
 from .common_speculative import CommonSpeculative, RollbackRefused, Verify
 from .depth import AdaptiveDepth, FixedDepth, Gate
-from .drafters import Drafter, MtpDrafter
+from .drafters import NOTHING_READY, ChainDrafter, Drafter, MtpDrafter, NgramDrafter, NoDrafter, Ready
 
 __all__ = [
+    "NOTHING_READY",
     "AdaptiveDepth",
+    "ChainDrafter",
     "CommonSpeculative",
     "Drafter",
     "FixedDepth",
     "Gate",
     "MtpDrafter",
+    "NgramDrafter",
+    "NoDrafter",
+    "Ready",
     "RollbackRefused",
     "Verify",
 ]

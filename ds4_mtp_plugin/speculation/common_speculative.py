@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from ..engine import HIDDEN_OUTPUTS, Batch, Context, EngineError, Floats
 from ..stats import Counters, MtpStats
-from .drafters import Drafter
+from .drafters import NOTHING_READY, Drafter, Ready
 
 
 class RollbackRefused(EngineError):
@@ -37,7 +37,8 @@ class Verify:
 
     Attributes:
         tokens: the token sampled last, then its drafts.
-        hidden: their hidden rows, shape (len(tokens), n_embd_out).
+        hidden: their hidden rows, shape (len(tokens), n_embd_out); none for a drafter that wants none.
+        ready: the drafts lay ready.
         row: the last row that is committed.
     """
 
@@ -45,6 +46,7 @@ class Verify:
     n_past: int
     tokens: list[int]
     hidden: Floats
+    ready: bool = False
     row: int = 0
     open: bool = True
 
@@ -78,27 +80,36 @@ class CommonSpeculative:
     decode of that sequence may come.
     """
 
-    def __init__(self, target: Context, drafter: Drafter, *, n_draft: int, within: int | None = None) -> None:
+    def __init__(
+        self,
+        target: Context,
+        drafter: Drafter,
+        *,
+        n_draft: int,
+        n_asked: int | None = None,
+        within: int | None = None,
+    ) -> None:
         """
         Args:
-            n_draft: the greatest number of drafts per cycle. The target must be able to roll back as many rows
-                (``n_rs_seq``) and take one more in a micro-batch.
+            n_draft: the greatest number of drafts per cycle. The target must be able to roll back as many rows and take
+                one more in a micro-batch.
+            n_asked: the greatest number of them that the drafter is asked for (`draft`); None for n_draft.
             within: positions are in blocks of so many, and the rows of a verify all in one of them; None for no blocks.
 
         Raises:
             ValueError: the target cannot verify `n_draft` drafts.
         """
-        if n_draft < 1:
-            raise ValueError(f"n_draft is {n_draft}, expected 1 or more")
-        if target.n_rs_seq < n_draft:
-            raise ValueError(f"the target context rolls back {target.n_rs_seq} rows, {n_draft} drafts need {n_draft}")
+        if n_draft < 0:
+            raise ValueError(f"n_draft is {n_draft}, expected 0 or more")
+        if target.n_rollback < n_draft:
+            raise ValueError(f"the target context rolls back {target.n_rollback} rows, {n_draft} drafts need {n_draft}")
         if min(target.n_batch, target.n_ubatch) < n_draft + 1:
             raise ValueError(f"a micro-batch of {target.n_ubatch} rows cannot verify {n_draft} drafts")
         self.target = target
         self.drafter = drafter
         self.n_draft = n_draft
         self._within = within
-        self.counters = Counters(n_draft)
+        self.counters = Counters(n_draft if n_asked is None else n_asked)
         self._batch = Batch(n_draft + 1)
 
     def begin(self, seq_id: int) -> None:
@@ -115,6 +126,11 @@ class CommonSpeculative:
         self.drafter.rollback(seq_id, n_past)
         self.drafter.process(seq_id, n_past, tokens, hidden)
 
+    def ready(self, seq_id: int, n_past: int, id_last: int, n_max: int) -> Ready:
+        """Drafts that cost nothing to make, as `draft`."""
+        n_max = self._room(n_past, n_max)
+        return self.drafter.ready(seq_id, n_past, id_last, n_max) if n_max > 0 else NOTHING_READY
+
     def draft(self, seq_id: int, n_past: int, id_last: int, n_max: int) -> list[int]:
         """Up to `n_max` drafts to follow `id_last` at position `n_past`; no more than n_draft, or than the context
         has room for.
@@ -122,9 +138,7 @@ class CommonSpeculative:
         Raises:
             EngineError: the drafter failed.
         """
-        n_max = min(n_max, self.n_draft, self.target.n_ctx // self.target.n_seq_max - 1 - n_past)
-        if self._within is not None:
-            n_max = min(n_max, self._within - 1 - n_past % self._within)
+        n_max = self._room(n_past, n_max)
         if n_max < 1:
             return []
         t0 = time.perf_counter()
@@ -134,8 +148,11 @@ class CommonSpeculative:
         no_token = (i for i, token in enumerate(drafts) if not 0 <= token < self.target.n_vocab)
         return drafts[: next(no_token, None)]
 
-    def verify(self, seq_id: int, n_past: int, id_last: int, drafts: Sequence[int]) -> Verify:
+    def verify(self, seq_id: int, n_past: int, id_last: int, drafts: Sequence[int], *, ready: bool = False) -> Verify:
         """Decode ``[id_last, *drafts]`` at `n_past` in one micro-batch; every row has logits.
+
+        Args:
+            ready: the drafts lay ready, for the statistics.
 
         Raises:
             EngineError: the decode failed; what the target's memory holds of the sequence is not known.
@@ -143,13 +160,18 @@ class CommonSpeculative:
         """
         tokens = [id_last, *drafts]
         t0 = time.perf_counter()
-        self.target.set_hidden(HIDDEN_OUTPUTS)
+        self.keep_hidden(HIDDEN_OUTPUTS)
         self.target.decode(self._batch.set(tokens, n_past, seq_id, outputs="all"))
         # Hidden rows die at the context's next decode, which may be another sequence's.
-        hidden = self.target.hidden_rows(0, len(tokens))
+        hidden = self.target.hidden_rows(0, len(tokens) if self.drafter.window else 0)
         self.counters.verify_s += time.perf_counter() - t0
-        self.counters.verified(len(drafts))
-        return Verify(seq_id, n_past, tokens, hidden)
+        self.counters.verified(len(drafts), ready=ready)
+        return Verify(seq_id, n_past, tokens, hidden, ready)
+
+    def keep_hidden(self, mode: int) -> None:
+        """Which hidden rows the target keeps from its next decode on, if the drafter wants any."""
+        if self.drafter.window:
+            self.target.set_hidden(mode)
 
     def accept(self, verify: Verify) -> None:
         """Close `verify`: its rows up to ``verify.row`` are committed, those behind are removed.
@@ -165,6 +187,10 @@ class CommonSpeculative:
         self.drafter.process(seq_id, n_past, verify.tokens[:n], verify.hidden[:n])
         if n < len(verify.tokens) and not self.target.seq_rm(seq_id, n_past + n):
             raise RollbackRefused(f"sequence {seq_id}: the engine refused to remove positions {n_past + n} and up")
+
+    def _room(self, n_past: int, n_max: int) -> int:
+        n_max = min(n_max, self.n_draft, self.target.n_ctx // self.target.n_seq_max - 1 - n_past)
+        return n_max if self._within is None else min(n_max, self._within - 1 - n_past % self._within)
 
     def stats(self) -> MtpStats:
         return self.counters.snapshot(draft_decodes=self.drafter.n_decodes)

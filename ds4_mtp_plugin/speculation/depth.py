@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..engine import Best
@@ -44,6 +45,10 @@ _HYSTERESIS = 0.03
 # What looking again may cost on average; how many looks may be owed while they are right; and how many are free where
 # drafts paid for some time until now.
 _PROBE_SHARE, _PROBES_OWED, _PROBES_FREE, _SOME_TIME = 0.01, 6, 4, 16
+# Of drafts that lie ready so many are verified: fewer sizes are known sooner.
+_READY_SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
+# Where nothing is measured, one that lies ready is verified as long as all up to it are as likely right as this.
+_READY_LEAST = 0.5
 # Decodes of one size whose median counts, and the fewest that are believed at first. After so many cycles a single row
 # is timed again, after so many single rows all the others.
 _RECENT, _BELIEVED, _REFRESH, _REFRESH_VERIFY = 9, 3, 256, 1024
@@ -70,11 +75,16 @@ class AdaptiveDepth:
     gives 1 + a1 + a1 a2 + ... tokens, and takes the time of its k head steps and of a decode of k + 1 rows. Times are
     running medians of the real ones, by size. They are no straight line, so all depths are compared, 0 among them. At 0
     nothing is verified; from time to time the head is asked for one token, which is compared with the one that comes.
+    Drafts that lie ready (`drafters.Ready`) come with rates of their own and no time of a head.
 
     One object serves one Llama, over all of its generations. It reads no clock: whoever decodes tells it.
     """
 
     def __init__(self, n_max: int) -> None:
+        """
+        Args:
+            n_max: the greatest number of drafts of the head; 0 where there is none.
+        """
         self.n_max = n_max
         self._decodes: dict[int, _Times] = {}  # by number of rows
         self._drafts: dict[int, _Times] = {}  # by number of drafts
@@ -85,11 +95,12 @@ class AdaptiveDepth:
         self._current = n_max
         self._cycles = 0  # since a single row was timed
         self._cycles_drafted = 0  # since there was no drafting
-        self._idle = 0  # single rows since the last draft
+        self._idle = 0  # decodes since the head's last draft
         self._singles = 0  # single rows since the last verify
         self._budget = 0.0  # seconds that probes may take; below 0 they are owed
         self._probe = 0.0  # seconds that the last one took
         self._promising = False  # it was right
+        self._took = False  # what lay ready is verified
         self.probing = False
         self.misses = 0  # first drafts in a row that were wrong
 
@@ -98,10 +109,10 @@ class AdaptiveDepth:
 
         Where that leaves `probing` True, one token is to be drafted all the same, and not verified.
         """
-        room, self.probing = min(room, self.n_max), False
+        room, self.probing, self._took = min(room, self.n_max), False, False
         if room < 1 or 1 not in self._decodes or self._cycles >= _REFRESH:
             return 0
-        values = [self._value(k) for k in range(room + 1)]
+        values = [self._value(self._rates[:k], self._draft(k)) for k in range(room + 1)]
         best = max(range(room + 1), key=values.__getitem__)
         if best > 0 and self._current <= room and values[best] <= values[self._current] * (1 + _HYSTERESIS):
             best = self._current  # another depth; 0 is always worth it, for it is never a loss
@@ -116,6 +127,22 @@ class AdaptiveDepth:
         self.probing = self._budget > least and self._could_pay(room)
         return 0
 
+    def take(self, n: int, rates: Sequence[float]) -> int:
+        """How many of the drafts that lie ready to verify, instead of the `n` that `choose` has just said; 0 for none.
+
+        Args:
+            rates: for each of them the share of such drafts that are right, where all before it were.
+        """
+        if not rates or 1 not in self._decodes or self._cycles >= _REFRESH:
+            return 0
+        sizes = [k for k in _READY_SIZES if k <= len(rates)]
+        values = [self._value(rates[:k]) for k in sizes]
+        best = max(range(len(sizes)), key=values.__getitem__)
+        if values[best] <= max(self._value(self._rates[:n], self._draft(n)), self._value(())):
+            return 0
+        self.probing, self._took = False, True
+        return sizes[best]
+
     def drafted(self, n: int, seconds: float) -> None:
         """The head made n drafts in so many seconds."""
         if self.probing:
@@ -123,7 +150,7 @@ class AdaptiveDepth:
             self._budget -= seconds
             if seconds < self._draft(1):  # in spite of what it had to catch up with
                 self._note(self._drafts, "draft", 1, seconds)
-        elif self._idle == 0:  # else it had to catch up with rows of plain decodes
+        elif self._idle == 0:  # else it had to catch up with rows that it did not draft for
             self._note(self._drafts, "draft", n, seconds)
         self._idle = 0
 
@@ -142,7 +169,10 @@ class AdaptiveDepth:
         else:
             self._singles = 0
             self._cycles += 1
-            self._cycles_drafted += 1
+            if self._took:
+                self._idle += 1
+            else:
+                self._cycles_drafted += 1
 
     def outcome(self, position: int, right: bool) -> None:
         """The draft at `position` (from 0), all before which were right, was the next token or was not."""
@@ -176,13 +206,9 @@ class AdaptiveDepth:
             times[n] = _Times()
             times[n].add(seconds)
 
-    def _value(self, k: int) -> float:
-        """Tokens per second at a depth."""
-        tokens = share = 1.0
-        for rate in self._rates[:k]:
-            share *= rate
-            tokens += share
-        return tokens / (self._decode(k + 1) + self._draft(k))
+    def _value(self, rates: Sequence[float], seconds: float = 0.0) -> float:
+        """Tokens per second with drafts of such rates, which take so many seconds to make."""
+        return _expected(rates) / (self._decode(len(rates) + 1) + seconds)
 
     def _could_pay(self, room: int) -> bool:
         """Whether any depth would, were every draft right."""
@@ -219,8 +245,38 @@ class AdaptiveDepth:
 
 
 class FixedDepth(AdaptiveDepth):
-    """Always as many drafts as there is room for, up to n_max; measured as an `AdaptiveDepth` measures."""
+    """Always as many drafts as there is room for, up to n_max; measured as an `AdaptiveDepth` measures.
+
+    What lies ready goes first where more of it is expected to be right. No time has a say, so a rerun does the same.
+    """
+
+    def __init__(self, n_max: int, *, text: bool = True) -> None:
+        """
+        Args:
+            text: whether to take what lies ready.
+        """
+        super().__init__(n_max)
+        self._text = text
 
     def choose(self, room: int) -> int:
-        self.probing = False
+        self.probing = self._took = False
         return max(0, min(room, self.n_max))
+
+    def take(self, n: int, rates: Sequence[float]) -> int:
+        share, k = 1.0, 0
+        for rate in rates:
+            share *= rate
+            if share < _READY_LEAST:
+                break
+            k += 1
+        self._took = self._text and k > 0 and _expected(rates[:k]) >= _expected(self._rates[:n])
+        return k if self._took else 0
+
+
+def _expected(rates: Sequence[float]) -> float:
+    """Tokens that a verify gives, with the share of drafts that are right where all before them were."""
+    tokens = share = 1.0
+    for rate in rates:
+        share *= rate
+        tokens += share
+    return tokens

@@ -122,6 +122,19 @@ int32_t ds4_mtp_window(const llama_model * model) {
     return model->hparams.swa_type == LLAMA_SWA_TYPE_NONE ? 0 : (int32_t) model->hparams.n_swa;
 }
 
+int32_t ds4_mtp_rollback(const llama_model * model) {
+    if (model->arch == LLM_ARCH_DEEPSEEK4) {
+        return DS4_MTP_ROLLBACK_RECENT;
+    }
+    // What a recurrent layer has read of a row stays read. An encoder's rows, or those of a text that is diffused, see
+    // rows behind them.
+    if (llama_model_is_recurrent(model) || llama_model_is_hybrid(model) || llama_model_is_diffusion(model) ||
+            llama_model_has_encoder(model) || !model->hparams.causal_attn) {
+        return DS4_MTP_ROLLBACK_NONE;
+    }
+    return DS4_MTP_ROLLBACK_ANY;
+}
+
 bool ds4_mtp_get_best(llama_context * ctx, int32_t i, bool with_prob, ds4_mtp_best * out) {
     const float * logits = llama_get_logits_ith(ctx, i);
     if (logits == nullptr) {

@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 // Raised when a declaration below changes in a way that an older binding would misread.
-#define DS4_MTP_ABI 3
+#define DS4_MTP_ABI 4
 
 LLAMA_API int32_t      ds4_mtp_abi(void);
 // A hash over this patch set (its diffs and sources), for reports and for telling stale builds.
@@ -61,6 +61,15 @@ LLAMA_API bool ds4_mtp_set_head_offset(struct llama_context * ctx, int32_t offse
 // Width of the sliding attention window of the model's NextN blocks; 0 where it has none. (llama_model_n_swa says 0 for
 // DeepSeek-V4, because it answers another question: how far back a context's memory can be cut.)
 LLAMA_API int32_t ds4_mtp_window(const struct llama_model * model);
+
+enum ds4_mtp_rollback {
+    DS4_MTP_ROLLBACK_NONE   = 0, // none that can be relied on
+    DS4_MTP_ROLLBACK_RECENT = 1, // of the last micro-batch, up to llama_n_rs_seq of them
+    DS4_MTP_ROLLBACK_ANY    = 2,
+};
+
+// Which rows the memory of the model's contexts can take back with the state before them intact.
+LLAMA_API int32_t ds4_mtp_rollback(const struct llama_model * model);
 
 struct ds4_mtp_best {
     llama_token id;

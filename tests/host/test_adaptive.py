@@ -12,7 +12,7 @@ from llama_cpp import Llama
 from ds4_mtp_plugin import MtpDraft, engine
 from ds4_mtp_plugin.host import session as session_module
 from ds4_mtp_plugin.host.wraps import session_of
-from ds4_mtp_plugin.speculation import AdaptiveDepth
+from ds4_mtp_plugin.speculation import AdaptiveDepth, FixedDepth
 from tests.fixtures import GPU_LAYERS
 from tests.fixtures.planted import BY_CONTEXT, Planted
 from tests.text import generate
@@ -49,7 +49,7 @@ class Scripted(AdaptiveDepth):
 
 def script(llm: Llama, *said: Any) -> Scripted:
     session = session_of(llm)
-    assert session is not None and session._depth is not None
+    assert session is not None
     session._depth = Scripted(list(said))
     return session._depth
 
@@ -128,7 +128,7 @@ def test_what_is_asked_for_is_what_is_done(llama: Make, plant: Plant, monkeypatc
         """The greatest depth that is chosen, None for a fixed one."""
         session = session_of(llama(files.trunk, draft_model=MtpDraft(files.mtp, **options)))
         assert session is not None
-        return None if session._depth is None else session._depth.n_max
+        return None if isinstance(session._depth, FixedDepth) else session._depth.n_max
 
     assert chosen() == chosen(adaptive=True) == 3
     assert chosen(num_pred_tokens=5) is None
@@ -146,9 +146,9 @@ def test_a_head_that_is_never_right_is_named_once(llama: Make, plant: Plant, mon
     files = plant(acceptance=0.0)
     llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=1, adaptive=True))
     session = session_of(llm)
-    assert session is not None and session._depth is not None
+    assert session is not None
     monkeypatch.setattr(session._depth, "choose", lambda room: min(room, 1))
-    with pytest.warns(RuntimeWarning, match=r"20 first drafts in a row were wrong, so .*\.gguf gains nothing"):
+    with pytest.warns(RuntimeWarning, match=r"\.gguf.*: 20 first drafts in a row were wrong, so it gains nothing"):
         generate(llm, files.cycle[:30].tolist(), 30, temp=0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

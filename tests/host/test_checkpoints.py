@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from llama_cpp import Llama
 
-from ds4_mtp_plugin import MtpDraft
+from ds4_mtp_plugin import MtpDraft, NgramDraft
+from tests import LONG
 from tests.fixtures import GPU_LAYERS
 from tests.fixtures.planted import BY_CONTEXT, Planted
 from tests.text import generate
@@ -79,6 +80,57 @@ def test_prompts_in_turn_go_back_and_forth(both: tuple[Llama, Llama]) -> None:
     texts = [[generate(llm, prompt, 12) for prompt in prompts] for llm in both]
     assert texts[0] == texts[1]
     assert resumed(both[1]) == 512 + 512 + 512 + 256 + 256 + 1280
+
+
+@pytest.mark.parametrize("num_pred_tokens", [0, None])
+@pytest.mark.parametrize("kind", ["head", "text"])
+def test_they_are_there_with_any_draft_and_with_none(
+    llama: Make, plant: Plant, kind: str, num_pred_tokens: int | None
+) -> None:
+    files = plant(**BY_CONTEXT)
+    draft: MtpDraft | NgramDraft = NgramDraft(num_pred_tokens=num_pred_tokens)
+    if kind == "head":
+        draft = MtpDraft(files.mtp, num_pred_tokens=num_pred_tokens)
+    texts = []
+    for llm in (
+        llama(files.trunk, n_batch=256, n_ctx=2048),
+        llama(files.trunk, n_batch=256, n_ctx=2048, draft_model=draft),
+    ):
+        texts.append([generate(llm, prompt, 12) for prompt in (TEXT[:1100], edited(600), edited(300))])
+    assert texts[0] == texts[1]
+    assert draft.stats.resumed == 512 + 256
+    assert num_pred_tokens is None or draft.stats.proposed == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"n_ubatch": 128}, {"n_batch": 512}, {"swa_full": False}, {"flash_attn": True}]
+)
+def test_histories_of_edits(llama: Make, plant: Plant, options: dict[str, Any]) -> None:
+    """As an agent's or an editor's prompts follow each other: all logits behind them are those of a text read anew."""
+    files = plant(**BY_CONTEXT)
+    options = {"n_batch": 256, "n_ctx": 2048, **options}
+    draft = NgramDraft(num_pred_tokens=4)
+    plain, drafted = llama(files.trunk, **options), llama(files.trunk, draft_model=draft, **options)
+    rng = np.random.default_rng(len(str(options)))
+    texts = [TEXT[: rng.integers(600, 1300)]]
+    for _ in range(LONG and 200 or 8):
+        text = list(texts[rng.integers(max(0, len(texts) - 3), len(texts))])
+        at = int(len(text) * rng.random() ** 0.3)  # mostly near the end
+        what = rng.integers(4)
+        if what == 0:
+            text[at - 1] = int(rng.integers(260, 500))
+        elif what == 1:
+            del text[at : at + int(rng.integers(1, 300))]
+        elif what == 2:
+            text[at:at] = rng.integers(260, 500, rng.integers(1, 300)).tolist()
+        text = text[:1500] if len(text) > 300 else TEXT[:1200]
+        texts.append(text)
+        n = int(rng.integers(1, 6))
+        found = []
+        for llm in (plain, drafted):
+            found.append([generate(llm, text, n), logits(llm).tolist()])
+        assert found[0] == found[1], (len(text), draft.stats.resumed)
+    assert draft.stats.resumed > 256 if options.get("swa_full", True) else draft.stats.resumed == 0
 
 
 def test_who_looks_behind_a_reset_finds_memory_cleared(both: tuple[Llama, Llama]) -> None:

@@ -73,8 +73,8 @@ def test_on_a_gpu_no_verify_lies_on_both_sides_of_a_mark(
     monkeypatch.setattr(
         spec,
         "verify",
-        lambda seq_id, n_past, token, drafts, verify=spec.verify: (
-            verified.append(range(n_past, n_past + 1 + len(drafts))) or verify(seq_id, n_past, token, drafts)
+        lambda seq_id, n_past, token, drafts, verify=spec.verify, **options: (
+            verified.append(range(n_past, n_past + 1 + len(drafts))) or verify(seq_id, n_past, token, drafts, **options)
         ),
     )
     tokens = llm.generate(files.cycle[:252].tolist(), temp=0.0)

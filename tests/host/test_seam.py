@@ -350,6 +350,19 @@ def test_two_generations_of_one_llama_count_their_own_tokens(both: tuple[Llama, 
     assert drafted == plain
 
 
+def test_an_older_generation_that_is_dropped_leaves_the_running_one_alone(both: tuple[Llama, Llama]) -> None:
+    """Perhaps by another thread, amid a decode of the running one."""
+    llm = both[1]
+    older = llm.generate(PROMPT, temp=0.0)
+    next(older)
+    running, _ = into_a_verify(llm)
+    session = wraps.session_of(llm)
+    assert session is not None and session._verify is not None and session._verify.open
+    older.close()
+    assert session._verify.open and session._last is not None
+    running.close()
+
+
 # -- drafts that nobody could use --
 
 
@@ -454,7 +467,7 @@ def test_a_draft_that_would_do_nothing_is_refused(llama: Make, plant: Plant) -> 
     draft = MtpDraft(files.mtp, num_pred_tokens=2)
     llm = llama(files.trunk, draft_model=draft)
     for other in (MtpDraft(files.mtp, num_pred_tokens=2), LlamaPromptLookupDecoding(), "x.gguf"):
-        with pytest.raises(ValueError, match="was made for its own MtpDraft"):
+        with pytest.raises(ValueError, match="was made for its own draft"):
             llm.draft_model = other
     assert llm.draft_model is draft
     with pytest.raises(TypeError, match=r"expected a draft: draft_model=MtpDraft\('x.gguf'\)"):

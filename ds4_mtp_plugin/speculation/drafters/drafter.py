@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ...engine import Floats
+
+
+class Ready(NamedTuple):
+    """Drafts that cost nothing to make.
+
+    Attributes:
+        rates: for each of them the share of such drafts that are right, where all before it were.
+    """
+
+    tokens: Sequence[int]
+    rates: Sequence[float]
+
+
+NOTHING_READY = Ready((), ())
 
 
 class Drafter(Protocol):
@@ -18,7 +32,7 @@ class Drafter(Protocol):
     where committed text was taken back, `process` for every token that was committed (a prompt in pieces of any
     length), and `draft`. Positions that `process` skips were evaluated by someone else: what lies before such a gap is
     of no use for drafting behind it. A drafter that has no basis for a draft (no hidden row of the token before, or an
-    unknown sequence) returns none.
+    unknown sequence) returns none. Before `draft` may come `ready`, with the same arguments.
 
     Failures of its own are EngineErrors. Speculation then rests until the next generation, and the drafter is called
     again as if nothing had happened: it has to come out of a failure, or of any other exception that passes through it
@@ -26,12 +40,14 @@ class Drafter(Protocol):
 
     Attributes:
         window: how many of the newest committed rows the drafter can make use of. Hidden rows of older ones are not
-            kept for it. It does not change.
+            kept for it; at 0 none are, and the target's graph is that of plain decoding. It does not change.
         n_decodes: decodes made so far, for the statistics.
     """
 
     window: int
-    n_decodes: int
+
+    @property
+    def n_decodes(self) -> int: ...
 
     def process(self, seq_id: int, n_past: int, tokens: Sequence[int], hidden: Floats) -> None:
         """`tokens` were committed at positions n_past, n_past + 1, ...
@@ -40,6 +56,9 @@ class Drafter(Protocol):
             hidden: hidden rows of the last n of them, shape (n, n_embd_out), n <= len(tokens). The drafter copies
                 what it keeps: the array is the caller's.
         """
+
+    def ready(self, seq_id: int, n_past: int, id_last: int, n_max: int) -> Ready:
+        """Up to `n_max` drafts that are there without a decode, and how likely each is; `NOTHING_READY` for none."""
 
     def draft(self, seq_id: int, n_past: int, id_last: int, n_max: int) -> list[int]:
         """Up to `n_max` tokens (at least 1 is asked for) that may follow `id_last`.
@@ -55,4 +74,4 @@ class Drafter(Protocol):
         """Nothing at position `n_past` or behind is committed any more; 0 forgets the sequence."""
 
     def close(self) -> None:
-        """Free what it holds. Afterwards `draft` raises an EngineError, the other calls do nothing."""
+        """Free what it holds. Afterwards `draft` raises an EngineError, and the other calls do nothing."""

@@ -18,6 +18,7 @@ import numpy as np
 
 from ...engine import HIDDEN_OUTPUTS, Batch, Context, EngineError, Floats
 from ..depth import Gate
+from .drafter import NOTHING_READY, Ready
 
 
 class _Sequence:
@@ -82,6 +83,9 @@ class MtpDrafter:
         s.tokens[at] = tokens[len(tokens) - n :]
         s.hidden[at] = hidden[len(hidden) - n :]
         s.hi = end
+
+    def ready(self, seq_id: int, n_past: int, id_last: int, n_max: int) -> Ready:
+        return NOTHING_READY
 
     def draft(self, seq_id: int, n_past: int, id_last: int, n_max: int) -> list[int]:
         if self._closed:
