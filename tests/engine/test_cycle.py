@@ -268,8 +268,8 @@ def test_limits_are_checked(pair: Callable[..., Pair]) -> None:
     p = pair(2, n_ctx=512)
     with pytest.raises(ValueError, match="rolls back 2 rows, 3 drafts need 3"):
         CommonSpeculative(p.target, p.drafter, n_draft=3)
-    with pytest.raises(ValueError, match="n_draft is 0"):
-        CommonSpeculative(p.target, p.drafter, n_draft=0)
+    with pytest.raises(ValueError, match="n_draft is -1"):
+        CommonSpeculative(p.target, p.drafter, n_draft=-1)
     p.prompt([300] * 509)
     assert len(p.spec.draft(0, 509, 300, 2)) == 2  # rows 509, 510 and 511 fill the context
     p.spec.begin(0)
@@ -305,3 +305,27 @@ def test_behind_a_gap_only_what_follows_it_is_used(pair: Callable[..., Pair]) ->
     p.spec.draft(0, 21, 321, 1)
     assert p.decodes()[1] == [1]  # and the head's memory starts anew as well
     assert p.head.seq_pos_max(0) == 21
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_an_exception_behind_a_decode_of_the_head_spoils_no_later_draft(
+    pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Its memory then holds rows that the drafter has not counted."""
+    p = pair(3, acceptance=1.0)
+    prompt = p.planted.cycle[:20].tolist()
+    id_last = p.prompt(prompt)
+    expected = p.spec.draft(0, 20, id_last, 3)
+    p.drafter.rollback(0, 20)
+    left, decode = [at], p.head.decode
+
+    def interrupted(batch: engine.Batch) -> None:
+        decode(batch)
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(p.head, "decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        p.spec.draft(0, 20, id_last, 3)
+    assert p.spec.draft(0, 20, id_last, 3) == expected == p.planted.follow(id_last, 3)

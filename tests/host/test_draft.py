@@ -159,11 +159,12 @@ def test_a_draft_in_use_is_refused_before_the_model_is_loaded(
 
 def test_zero_tokens_draft_none(llama: Make, plant: Plant) -> None:
     files = plant()
-    draft = MtpDraft(files.mtp, num_pred_tokens=0)
+    draft = MtpDraft(files.mtp, num_pred_tokens=0, checkpoints_mb=0)
     llm = llama(files.trunk, draft_model=draft)
     assert generate(llm, [300], 20) == generate(llama(files.trunk), [300], 20)
     assert draft.stats.iters == 0
     assert llm.context_params.n_rs_seq == 0
+    assert "_ds4_mtp" not in llm.__dict__  # not even for checkpoints
 
 
 @pytest.mark.parametrize("options", [{"embedding": True}, {"vocab_only": True}])
