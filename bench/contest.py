@@ -16,7 +16,7 @@ from typing import Any
 from llama_cpp import Llama
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
-from ds4_mtp_plugin import MtpDraft
+from ds4_mtp_plugin import MtpDraft, NgramDraft
 
 
 @dataclasses.dataclass
@@ -47,6 +47,17 @@ class Contender:
                 break
         self.seconds.append(time.perf_counter() - t0)
 
+    def continues(self, prompt: Sequence[int], n: int) -> tuple[float, list[int]]:
+        """The host goes on from what it holds: seconds to the first token, and n greedy tokens."""
+        assert self.llm is not None
+        t0, first, text = time.perf_counter(), 0.0, []
+        for token in self.llm.generate(prompt, temp=0.0):
+            first = first or time.perf_counter() - t0
+            text.append(token)
+            if len(text) == n:
+                break
+        return first, text
+
     def stats(self) -> dict[str, Any]:
         """What speculation did, nothing without it."""
         assert self.llm is not None
@@ -58,6 +69,7 @@ class Contender:
             "tokens_per_cycle": 1 + stats.per_iter,
             "verify_ms": stats.verify_ms / max(1, stats.iters),
             "step_ms": stats.draft_ms / max(1, stats.draft_decodes),
+            "of_the_text": stats.ngram_accepted,
         }
 
     def close(self) -> None:
@@ -74,6 +86,7 @@ def contenders(mtp: Path, depths: Sequence[int] = (1, 2, 3)) -> list[Contender]:
             Contender(f"mtp k={k}", lambda k=k: {"draft_model": MtpDraft(mtp, num_pred_tokens=k)})  # type: ignore[misc]
             for k in depths
         ),
+        Contender("n-grams alone", lambda: {"draft_model": NgramDraft()}),
         Contender("prompt lookup", lambda: {"draft_model": LlamaPromptLookupDecoding(), "logits_all": True}),
     ]
 
@@ -138,7 +151,10 @@ def render(title: str, table: dict[str, dict[str, Any]]) -> str:
         line = f"  {name:14} {row['tokens_per_s']:8.1f} {row['ratio']:6.2f} {spread:>18}"
         line += f" {'same' if row['same_text'] else 'OTHER':>6}"
         if "accepted" in row:
-            line += f"  {row['accepted']} {row['tokens_per_cycle']:.2f} tokens,"
-            line += f" verify {row['verify_ms']:.1f} ms, step {row['step_ms']:.1f} ms"
+            line += f"  {row['accepted']} {row['tokens_per_cycle']:.2f} tokens"
+        if "verify_ms" in row:
+            line += f", verify {row['verify_ms']:.1f} ms, step {row['step_ms']:.1f} ms"
+        if row.get("of_the_text"):
+            line += f", {row['of_the_text']} accepted of the text"
         lines.append(line)
     return "\n".join(lines)

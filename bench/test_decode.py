@@ -2,7 +2,9 @@
 
     python -m pytest bench --benchmark-json=bench/results/NAME.json
 
-The planted model of half a gigabyte is written to DS4_BENCH_DIR (default: pytest's own folder; a minute).
+The planted model of half a gigabyte is written to DS4_BENCH_DIR (default: pytest's own folder; a minute). Where
+DS4_LLAMA_SERVER names a ``llama-server`` (``python -m bench.device.prepare --cpu`` builds one on the same engine), that
+takes part, plainly and with its own drafting.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from bench.contest import Contest, contenders, render
+from bench.contest import Contender, Contest, contenders, render
+from bench.server import BINARY, ServerContender
 from ds4_mtp_plugin.cli.demo import BASE, HEAD
 from tests.fixtures.planted import BENCH, planted
 
@@ -24,9 +27,40 @@ ROUNDS = int(os.environ.get("DS4_BENCH_ROUNDS", "5"))
 # on all of them, which is worth more than most drafts.
 THREADS = {"n_threads": os.cpu_count(), "n_threads_batch": os.cpu_count()}
 
+_FILE = """import os
+import sys
+
+
+def read_lines(path):
+    with open(path) as f:
+        return [line.rstrip() for line in f]
+
+
+def write_lines(path, lines):
+    with open(path, 'w') as f:
+        for line in lines:
+            f.write(line + os.linesep)
+
+
+def main():
+    lines = read_lines(sys.argv[1])
+    lines.sort(key=str.lower)
+    write_lines(sys.argv[2], lines)
+
+
+if __name__ == '__main__':
+    main()
+"""
+_RECORDS = "".join(
+    f'    {{"id": {i}, "name": "item {i}", "tags": ["small", "red"], "price": {3 * i}.50, "in_stock": true}},\n'
+    for i in range(1, 9)
+)
+
 PROMPTS = {
     "code": "import os\n\n\ndef read_lines(path):\n    ",
     "prose": "This module implements a number of functions that",
+    "an edit": f"{_FILE}\n\n# The same, with the lines in reverse:\nimport os\nimport sys\n",
+    "json": f'{{"items": [\n{_RECORDS}    {{"id": 9,',
 }
 
 
@@ -34,6 +68,16 @@ PROMPTS = {
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     given = os.environ.get("DS4_BENCH_DIR")
     return Path(given) if given else tmp_path_factory.mktemp("bench")
+
+
+def field(mtp: Path, directory: Path) -> list[Contender]:
+    """All contenders, llama.cpp's own server among them where there is one."""
+    servers = [
+        ServerContender(f"server k={k}" if k else "server plain", mtp, k, 0, directory / f"server-{k}.log")
+        for k in (0, 1, 3)
+        if BINARY in os.environ
+    ]
+    return [*contenders(mtp), *servers]
 
 
 def measure(benchmark: Any, table: Callable[[str], None], title: str, contest: Contest) -> None:
@@ -47,7 +91,8 @@ def measure(benchmark: Any, table: Callable[[str], None], title: str, contest: C
         contest.close()
     benchmark.extra_info.update(results)
     table(render(title, results))
-    assert all(row.get("same_text", True) for name, row in results.items() if name.startswith("mtp"))
+    ours = ("mtp", "automatic", "n-grams")
+    assert all(row.get("same_text", True) for name, row in results.items() if name.startswith(ours))
 
 
 @pytest.mark.parametrize("acceptance", [0.8, 0.0])
@@ -56,11 +101,11 @@ def test_planted_half_a_gigabyte(
 ) -> None:
     files = planted(directory, config=BENCH, acceptance=acceptance, quant="Q8_0")
     prompt = files.cycle[:64].tolist()
-    contest = Contest(files.trunk, contenders(files.mtp), prompt, 128, n_ctx=1024, **THREADS)
+    contest = Contest(files.trunk, field(files.mtp, directory), prompt, 128, n_ctx=1024, **THREADS)
     measure(benchmark, table, f"planted, 500 MB of Q8_0, acceptance {acceptance}, 128 tokens", contest)
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_mini(benchmark: Any, table: Callable[[str], None], name: str) -> None:
-    contest = Contest(BASE, contenders(HEAD), PROMPTS[name], 256, n_ctx=1024, **THREADS)
+def test_mini(benchmark: Any, table: Callable[[str], None], directory: Path, name: str) -> None:
+    contest = Contest(BASE, field(HEAD, directory), PROMPTS[name], 256, n_ctx=1536, **THREADS)
     measure(benchmark, table, f"ds4-mini, {name}, 256 tokens", contest)

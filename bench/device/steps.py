@@ -29,7 +29,7 @@ from llama_cpp._logger import set_verbose
 
 from bench.contest import Contender, Contest, contenders
 from bench.device.operations import differing
-from bench.device.server import ServerContender
+from bench.server import ServerContender
 from ds4_mtp_plugin import MtpDraft, __version__, engine, host
 from ds4_mtp_plugin.cli.demo import BASE, HEAD
 from ds4_mtp_plugin.host.opening import GPU_BLOCK

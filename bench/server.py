@@ -63,8 +63,17 @@ class ServerContender(Contender):
             time.sleep(0.1)
 
     def run(self, prompt: Sequence[int], n: int) -> None:
+        self._ask(prompt, n, cache=False)
+        self.seconds.append(self._timings["predicted_ms"] / 1000)
+
+    def continues(self, prompt: Sequence[int], n: int) -> tuple[float, list[int]]:
+        """As the host's `generate`, which goes on from what it holds: seconds to the first token, and n tokens."""
+        self._ask(prompt, n, cache=True)
+        return self._timings["prompt_ms"] / 1000, self.text
+
+    def _ask(self, prompt: Sequence[int], n: int, *, cache: bool) -> None:
         body = {"prompt": list(prompt), "n_predict": n, "temperature": 0, "samplers": ["temperature"]}
-        body |= {"cache_prompt": False, "ignore_eos": True, "return_tokens": True}
+        body |= {"cache_prompt": cache, "ignore_eos": True, "return_tokens": True}
         request = urllib.request.Request(
             f"{self._url}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -75,7 +84,6 @@ class ServerContender(Contender):
             end = self._log.read_text(errors="replace")[-500:]
             raise RuntimeError(f"llama-server: {error}: {end}") from error
         self.text, self._timings = answer["tokens"], answer["timings"]
-        self.seconds.append(self._timings["predicted_ms"] / 1000)
 
     def stats(self) -> dict[str, Any]:
         n, accepted = self._timings.get("predicted_n", 0), self._timings.get("draft_n_accepted")
