@@ -16,10 +16,14 @@ class Checkpoint:
     Attributes:
         n: the number of tokens before it.
         data: the engine's partial state (llama.h, LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY).
+        batches: the large batches that its text was evaluated in (`Ledger.save`).
+        exact: evaluating a text that goes on behind it from its beginning would cut it there too.
     """
 
     n: int
     data: bytes
+    batches: list[tuple[int, int]]
+    exact: bool
 
 
 class Checkpoints:
@@ -34,13 +38,15 @@ class Checkpoints:
         self._text: npt.NDArray[np.intc] = np.empty(0, dtype=np.intc)
         self._all: list[Checkpoint] = []
 
-    def add(self, text: npt.NDArray[np.intc], data: bytes) -> None:
+    def add(
+        self, text: npt.NDArray[np.intc], data: bytes, batches: list[tuple[int, int]], *, exact: bool = True
+    ) -> None:
         """Behind `text`, which is the last checkpoint's text and more. Where there are too many, others go."""
         if len(data) > self.max_bytes:
             return
         self.cut(len(text) - 1)
         self._text = text.copy()
-        self._all.append(Checkpoint(len(text), data))
+        self._all.append(Checkpoint(len(text), data, batches, exact))
         while sum(len(each.data) for each in self._all) > self.max_bytes:
             # The one whose neighbours are nearest to each other, measured from the end of the text: late positions
             # stay dense, where edits are likely, and early ones within reach.

@@ -273,6 +273,7 @@ def _open(llama: Llama, draft: Draft, *, tested: bool) -> Session | None:
             spec,
             depth=AdaptiveDepth(of_head) if draft.adaptive and exact else None,
             checkpoints=checkpoints,
+            inexact=draft.exact is False and not settings().strict,
             single_rows=1 if alone else SINGLE_ROWS,
         )
         on_error.pop_all()

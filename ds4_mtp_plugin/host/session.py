@@ -61,12 +61,14 @@ class Session:
         *,
         depth: AdaptiveDepth | None = None,
         checkpoints: Checkpoints | None = None,
+        inexact: bool = False,
         single_rows: int = SINGLE_ROWS,
     ) -> None:
         """
         Args:
             depth: chooses the number of drafts of each cycle; None for always as many as there is room for.
             checkpoints: keeps those of prompts; None for none.
+            inexact: also where a text that goes on behind one may round otherwise than one from its beginning.
             single_rows: rows that the engine computes as if each were alone, wherever they lie.
         """
         # The Llama holds its session: a strong reference back would keep a dropped Llama's memory until a collection.
@@ -79,6 +81,7 @@ class Session:
         self._unverified: tuple[int, int] | None = None
         self._ledger = Ledger(single_rows)
         self._checkpoints = Checkpoints(0) if checkpoints is None else checkpoints
+        self._inexact = inexact
         # The last position in memory where that still holds the text before a reset, for a checkpoint of it may be gone
         # back to; whoever else looks at memory finds it cleared.
         self._left: int | None = None
@@ -162,7 +165,7 @@ class Session:
             chunk = tokens[i : i + llama.n_batch]
             keep = len(chunk) - max(0, len(tokens) - self._spec.drafter.window - i)
             self._eval_chunk(llama, host_eval, chunk, max(0, keep))
-            self._take_checkpoint(llama, len(chunk))
+            self._take_checkpoint(llama, last=i + len(chunk) == len(tokens))
 
     def reset(self, llama: Llama, host_reset: Callable[[], None]) -> None:
         if not self._ledger.sure or self._ledger.known != llama.n_tokens:
@@ -398,7 +401,7 @@ class Session:
         found = self._checkpoints.find(tokens)
         if found is None:
             return tokens
-        n_batch, n = llama.n_batch, found.n
+        n = found.n
         self._checkpoints.cut(n)
         try:
             if not self._spec.target.load_partial(_SEQ, found.data, n):
@@ -408,21 +411,25 @@ class Session:
             self.disturbed()
             raise
         llama.input_ids[:n] = tokens[:n]
-        self._ledger.load(n, [(p, n_batch) for p in range(0, n, n_batch)])
+        self._ledger.load(n, found.batches)
         llama.n_tokens = n
         self._spec.process(_SEQ, 0, tokens[:n], self._spec.target.hidden_rows(0, 0))
         self._spec.counters.resumed += n
+        self._spec.counters.exact &= found.exact
         return tokens[n:]
 
-    def _take_checkpoint(self, llama: Llama, n: int) -> None:
-        """After a batch of n tokens, at a position where evaluating the text from its beginning would cut it too."""
-        n_batch, n_tokens = llama.n_batch, llama.n_tokens
+    def _take_checkpoint(self, llama: Llama, *, last: bool) -> None:
+        """Behind a batch of a prompt: where evaluating a longer one from its beginning would cut it too, and at its end
+        where that need not be."""
+        n_batch, n_tokens, batches = llama.n_batch, llama.n_tokens, self._ledger.save()
         if not self._checkpoints.max_bytes or not self.drafts_with(llama.draft_model):
             return
-        if n != n_batch or self._ledger.save() != [(p, n_batch) for p in range(0, n_tokens, n_batch)]:
+        exact = batches == [(p, n_batch) for p in range(0, n_tokens, n_batch)]
+        if not exact and not (self._inexact and last):
             return
         try:
-            self._checkpoints.add(llama.input_ids[:n_tokens], self._spec.target.save_partial(_SEQ))
+            state = self._spec.target.save_partial(_SEQ)
+            self._checkpoints.add(llama.input_ids[:n_tokens], state, batches, exact=exact)
         except _FAILURES:
             self.disturbed()
 

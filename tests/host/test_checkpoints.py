@@ -11,6 +11,7 @@ import pytest
 from llama_cpp import Llama
 
 from ds4_mtp_plugin import MtpDraft, NgramDraft
+from ds4_mtp_plugin.cli.demo import BASE, HEAD
 from tests import LONG
 from tests.fixtures import GPU_LAYERS
 from tests.fixtures.planted import BY_CONTEXT, Planted
@@ -131,6 +132,42 @@ def test_histories_of_edits(llama: Make, plant: Plant, options: dict[str, Any]) 
             found.append([generate(llm, text, n), logits(llm).tolist()])
         assert found[0] == found[1], (len(text), draft.stats.resumed)
     assert draft.stats.resumed > 256 if options.get("swa_full", True) else draft.stats.resumed == 0
+
+
+def test_without_a_promise_a_prompts_end_is_gone_back_to(llama: Make, plant: Plant) -> None:
+    """A chat whose last answer is dropped, or said otherwise: nothing of the prompt before it is read again."""
+    files = plant(**BY_CONTEXT)
+    plain = llama(files.trunk, n_batch=256, n_ctx=2048)
+    draft = MtpDraft(files.mtp, exact=False)
+    llm = llama(files.trunk, n_batch=256, n_ctx=2048, draft_model=draft)
+    found = []
+    for each in (plain, llm):
+        generate(each, TEXT[:1100], 30)
+        assert draft.stats.exact
+        found.append([generate(each, [*TEXT[:1100], 300, *TEXT[1200:1220]], 20), logits(each)])
+    assert draft.stats.resumed == 1100
+    assert not draft.stats.exact
+    assert found[0][0] == found[1][0]
+    np.testing.assert_allclose(found[0][1], found[1][1], atol=0.05)
+    generate(llm, TEXT[:1100], 5)  # as far as the text is the one that was evaluated so
+    assert draft.stats.resumed == 1100 + 1024
+
+
+def test_a_chat_whose_reasoning_is_dropped(llama: Make) -> None:
+    """Each turn's prompt leaves out what the model thought before its last answer."""
+    rules = "Answer in one line. " * 60
+    texts, draft = [], MtpDraft(HEAD)
+    for options in ({}, {"draft_model": draft}):
+        llm = llama(BASE, n_batch=256, n_ctx=2048, **options)
+        messages: list[Any] = [{"role": "system", "content": rules}]
+        texts.append([])
+        for turn in range(4):
+            messages.append({"role": "user", "content": f"Question {turn}: what does this function return?"})
+            answer = llm.create_chat_completion(messages, max_tokens=40, temperature=0.0)
+            texts[-1].append(answer["choices"][0]["message"]["content"])
+            messages.append({"role": "assistant", "content": texts[-1][-1][-20:]})
+    assert texts[0] == texts[1]
+    assert draft.stats.resumed >= 3 * 256
 
 
 def test_who_looks_behind_a_reset_finds_memory_cleared(both: tuple[Llama, Llama]) -> None:

@@ -21,7 +21,7 @@ def kept(checkpoints: Checkpoints) -> list[int]:
 def filled(n: int, *, room: int = 100) -> Checkpoints:
     checkpoints = Checkpoints(10 * room)
     for i in range(1, n + 1):
-        checkpoints.add(TEXT[: 10 * i], bytes(10))
+        checkpoints.add(TEXT[: 10 * i], bytes(10), [])
     return checkpoints
 
 
@@ -50,7 +50,7 @@ def test_what_lies_behind_a_change_is_void() -> None:
     assert kept(checkpoints) == [10, 20, 30, 40]
     checkpoints.cut(40)
     assert kept(checkpoints) == [10, 20, 30, 40]
-    checkpoints.add(np.concatenate([TEXT[:40], TEXT[:10]]), bytes(10))
+    checkpoints.add(np.concatenate([TEXT[:40], TEXT[:10]]), bytes(10), [])
     assert kept(checkpoints) == [10, 20, 30, 40]
     assert len(checkpoints) == 5  # of another text
     checkpoints.cut(0)
@@ -67,5 +67,5 @@ def test_without_room_early_ones_stay_in_reach_and_late_ones_dense() -> None:
 
 def test_one_that_is_larger_than_the_room_is_none() -> None:
     checkpoints = Checkpoints(9)
-    checkpoints.add(TEXT[:10], bytes(10))
+    checkpoints.add(TEXT[:10], bytes(10), [])
     assert len(checkpoints) == 0
