@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,29 +21,8 @@ from bench.server import BINARY, ServerContender
 from bench.test_decode import ROUNDS, THREADS
 from ds4_mtp_plugin import MtpDraft
 from ds4_mtp_plugin.cli.demo import BASE, HEAD
+from ds4_mtp_plugin.cli.prefix import conversation
 from tests.fixtures.planted import BENCH, planted
-
-_ANSWER, _NEW = 16, 24
-
-
-def conversation(
-    each: Contender, n: int, tokens: np.random.Generator, low: int, high: int
-) -> Iterator[tuple[str, float]]:
-    """What happened, and the seconds to the first token."""
-
-    def new(n: int) -> list[int]:
-        return [int(token) for token in tokens.integers(low, high, n)]
-
-    prompt = new(n)
-    first, answer = each.continues(prompt, _ANSWER)
-    yield "first", first
-    question = new(_NEW)
-    yield "continued", each.continues([*prompt, *answer, *question], _ANSWER)[0]
-    yield "last answer cut", each.continues([*prompt, *new(_NEW)], _ANSWER)[0]
-    for percent in (90, 50, 10):
-        at = n * percent // 100
-        prompt = [*prompt[:at], *new(1), *prompt[at + 1 :]]
-        yield f"edited at {percent} %", each.continues(prompt, _ANSWER)[0]
 
 
 @pytest.fixture(scope="session")
@@ -69,13 +48,14 @@ def test_prefix(table: Callable[[str], None], directory: Path, model: str, n: in
             each.load(trunk, n_ctx=n + 512, **THREADS)
         for turn in range(1 if n > 8000 else ROUNDS):
             for i, each in enumerate(field):
-                for what, first in conversation(each, n, np.random.default_rng(turn), 300, 2000):
+                text = np.random.default_rng(turn).integers(300, 2000, n + 100).tolist()
+                for what, first, _ in conversation(each.continues, text, n):
                     seconds.setdefault(what, [[] for _ in field])[i].append(first)
     finally:
         for each in field:
             each.close()
     lines = [f"{model}, {n} tokens: seconds to the first token, medians of {len(seconds['first'][0])}"]
-    lines.append(f"  {'':16} " + " ".join(f"{each.name:>10}" for each in field))
+    lines.append(f"  {'':20} " + " ".join(f"{each.name:>10}" for each in field))
     for what, found in seconds.items():
-        lines.append(f"  {what:16} " + " ".join(f"{statistics.median(each):10.2f}" for each in found))
+        lines.append(f"  {what:20} " + " ".join(f"{statistics.median(each):10.2f}" for each in found))
     table("\n".join(lines))

@@ -23,7 +23,7 @@ from ..engine.cpu import cpu
 from ..host.wraps import session_of
 from ..settings import current
 from ..speculation import AdaptiveDepth, FixedDepth
-from . import EXIT_DIFFERS, EXIT_FAILED, EXIT_OK, arguments, generation
+from . import EXIT_DIFFERS, EXIT_FAILED, EXIT_OK, arguments, generation, prefix
 from .comparison import seed
 
 HELP = "what drafts gain on your files and machine, beside plain decoding"
@@ -93,6 +93,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-r", "--rounds", type=arguments.integer(1), default=5, metavar="N", help="after one to warm up (%(default)s)"
     )
+    parser.add_argument(
+        "--prefix",
+        type=arguments.integer(64),
+        metavar="N",
+        help="instead: the time to the first token of prompts of N tokens, each of which begins as the one before",
+    )
     arguments.add_generation(
         parser, n_predict=128, ctx=4096, depth="the greatest number of drafts (default: 3 of a head, 16 of the text)"
     )
@@ -105,9 +111,13 @@ def do(args: argparse.Namespace) -> int:
     prompt = arguments.prompt(args)
     if args.num_pred_tokens == 0:
         args.usage_error("-k 0: expected the greatest number of drafts, 1 or more")
-    # Without checkpoints: everyone reads the whole prompt each time.
     most = args.num_pred_tokens or (3 if args.mtp else MAX_PRED_TOKENS)
-    draft = arguments.draft(args, num_pred_tokens=most, adaptive=True, checkpoints_mb=0)
+    options: dict[str, Any] = {"num_pred_tokens": most, "adaptive": True}
+    if args.prefix:
+        args.ctx_size = args.ctx_size and max(args.ctx_size, args.prefix + 256)
+    else:
+        options["checkpoints_mb"] = 0  # everyone reads the whole prompt each time
+    draft = arguments.draft(args, **options)
     # Equal threads for a single row and for a verify: by the host's default a row has half of them.
     args.threads = args.threads or arguments.cores()
     chosen = seed(args)
@@ -115,6 +125,8 @@ def do(args: argparse.Namespace) -> int:
         if session_of(llm) is None:
             raise RuntimeError("this model does not draft as it was loaded; stderr says why")
         tokens = generation.tokenize(llm, prompt, args)
+        if args.prefix:
+            return prefix.run(llm, draft, tokens, args)
         n = generation.length(llm, tokens, args)
         field = [
             Contender("plain", None),

@@ -31,8 +31,9 @@ def print_report(plain: Generation | None, drafted: Generation) -> None:
     verify, step = stats.verify_ms / stats.iters, stats.draft_ms / max(1, stats.draft_decodes)
     print(f"accepted     {positions or f'{100 * stats.rate:.0f} %'}   ({per_cycle:.2f} tokens per cycle)")
     all_cycles = max(1, stats.iters + stats.plain)
-    depths = "  ".join(f"{k}: {100 * n / all_cycles:.0f} %" for k, n in enumerate(stats.cycles_per_depth))
-    print(f"drafts       {depths} of the cycles")
+    if stats.depth:
+        depths = "  ".join(f"{k}: {100 * n / all_cycles:.0f} %" for k, n in enumerate(stats.cycles_per_depth))
+        print(f"drafts       {depths} of the cycles")
     if stats.ngram_iters:
         share = 100 * stats.ngram_iters / all_cycles
         print(f"of the text  {share:.0f} % of the cycles, {stats.ngram_accepted} of {stats.ngram_proposed} accepted")

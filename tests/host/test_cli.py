@@ -397,6 +397,30 @@ def module(*argv: str, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
+def test_bench_of_prompts_that_share_their_beginning(capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(capsys, "bench", *MINI, "--prefix", "700", "-r", "1")
+    assert list(found["first_token"]) == [
+        *("first", "continued", "last answer dropped", "edited at 90 %", "edited at 50 %", "edited at 10 %")
+    ]
+    assert all(row["plain_ms"] > 0 and row["draft_ms"] > 0 for row in found["first_token"].values())
+    assert found["same_text"] and found["exact"] and found["prompt_tokens"] == 700
+    assert cli.main(["bench", *MINI, "--prefix", "100", "-r", "1"]) == cli.EXIT_OK
+    assert capsys.readouterr().out.endswith("the same answers\n")
+
+
+def test_without_a_head_drafts_come_from_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["-m", str(BASE), "-n", "60", "-p", 3 * "import os\nimport sys\n", "-k", "4"]
+    found = printed(capsys, "run", *base, "--compare")
+    assert found["same"] and found["stats"]["ngram_proposed"] == found["stats"]["proposed"] > 0
+    assert found["stats"]["draft_decodes"] == 0
+    assert cli.main(["run", *base]) == cli.EXIT_OK
+    assert "of the text" in capsys.readouterr().out
+    found = printed(capsys, "bench", *base, "-r", "1")
+    assert list(found["contenders"]) == ["plain", "automatic"]
+    assert found["contenders"]["automatic"]["same_text"]
+    assert printed(capsys, "verify", *base)["passed"]
+
+
 def test_bench_measures_all_in_turn(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     found = printed(capsys, "bench", *MINI, "-n", "40", "-r", "2", "-k", "2", "-p", "import os")
     assert list(found["contenders"]) == ["plain", "automatic", "1 draft", "2 drafts"]
