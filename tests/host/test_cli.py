@@ -418,7 +418,7 @@ def test_without_a_head_drafts_come_from_the_text(capsys: pytest.CaptureFixture[
     found = printed(capsys, "bench", *base, "-r", "1")
     assert list(found["contenders"]) == ["plain", "automatic"]
     assert found["contenders"]["automatic"]["same_text"]
-    assert printed(capsys, "verify", *base)["passed"]
+    assert printed(capsys, "verify", *base)["replay"]["passed"]
 
 
 def test_bench_measures_all_in_turn(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
