@@ -261,6 +261,10 @@ class Context:
 
     # -- memory --
 
+    def clear(self) -> None:
+        """Empty the memory, of all sequences."""
+        self._lib.llama_memory_clear(self._memory, True)
+
     def seq_rm(self, seq_id: int, p0: int, p1: int = -1) -> bool:
         """Remove positions p0 <= p < p1 (negative: no bound) of a sequence; False where the memory cannot."""
         return bool(self._lib.llama_memory_seq_rm(self._memory, seq_id, p0, p1))

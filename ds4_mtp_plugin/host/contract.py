@@ -51,7 +51,6 @@ class Context(Protocol):
     ctx: int | None
     memory: int | None
 
-    def kv_cache_clear(self) -> None: ...
     def get_logits_ith(self, i: int) -> object: ...
 
 

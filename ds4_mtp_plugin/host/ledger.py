@@ -18,7 +18,8 @@ class Ledger:
             decoded what the Llama does not know (rows of an image).
         sure: whether memory holds what the account says. It does not while a change of both is under way, and where
             an exception ended one.
-        under_way: whether a change of both is under way.
+        under_way: whether a change of both is under way. An exception from outside that comes as one ends may leave it
+            set until the next change.
     """
 
     def __init__(self, single_rows: int) -> None:

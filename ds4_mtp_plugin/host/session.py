@@ -134,7 +134,10 @@ class Session:
             host_tokens.close()
             if self._last is generation:
                 self._last = None
-                self.settle()
+                # A collection amid a change may be what drops the generation; what is under way settles it too. An
+                # exception from outside may leave the mark behind: then the next call settles.
+                if not self._ledger.under_way:
+                    self.settle()
 
     def eval(self, llama: Llama, host_eval: Callable[[Sequence[int]], None], tokens: Sequence[int]) -> None:
         self.check_open()
@@ -170,18 +173,21 @@ class Session:
     def reset(self, llama: Llama, host_reset: Callable[[], None]) -> None:
         if not self._ledger.sure or self._ledger.known != llama.n_tokens:
             self.disturbed()
-        try:
-            if self._left is None and len(self._checkpoints):
+        if self._left is None and not len(self._checkpoints):
+            try:
+                host_reset()
+            except BaseException:
+                self._ledger.sure = False
+                raise
+            self._forget()
+            return
+        with self._ledger.changing():
+            if self._left is None:
                 is_open = self._verify is not None and self._verify.open
                 self._left = (self._verify.end if self._verify is not None and is_open else llama.n_tokens) - 1
-            if self._left is None:
-                host_reset()
-            else:  # the host's, less the clearing of memory
-                llama.n_tokens, llama._requires_eval = 0, True
-        except BaseException:
-            self._ledger.sure = False
-            raise
-        self._forget()
+            # The host's, less the clearing of memory.
+            llama.n_tokens, llama._requires_eval = 0, True
+            self._forget()
 
     def save_state(self, host_save_state: Callable[[], State]) -> State:
         self.settle()
@@ -216,11 +222,10 @@ class Session:
         llama = self._llama()
         if llama is None or self._closed or llama._ctx.ctx is None:
             return  # under a generation that is only now dropped
-        if self._ledger.under_way:
-            return  # a collection amid a change dropped a generation; what is under way settles it too
         if clear and self._left is not None:
+            self.disturbed()
+            self._spec.target.clear()
             self._left = None
-            llama._ctx.kv_cache_clear()
         try:
             if self._ledger.sure and self._verify is not None and self._verify.open:
                 with self._ledger.changing():
@@ -394,26 +399,25 @@ class Session:
                 self._give_up(f"keeping hidden rows failed: {err}")
 
     def _resume(self, llama: Llama, tokens: Sequence[int]) -> Sequence[int]:
-        """A text begins: go back to the last checkpoint that it goes on behind. What of it is left to evaluate."""
-        left, self._left = self._left, None
-        if left is None or llama.n_tokens > 0 or self._spec.target.seq_pos_max(_SEQ) != left:
+        """A text begins: go back to the last checkpoint that it goes on behind. What of it is left to evaluate.
+
+        Where that cannot be, memory is cleared as it is settled next.
+        """
+        if self._left is None or llama.n_tokens > 0 or self._spec.target.seq_pos_max(_SEQ) != self._left:
             return tokens
         found = self._checkpoints.find(tokens)
         if found is None:
             return tokens
         n = found.n
-        self._checkpoints.cut(n)
-        try:
+        with self._ledger.changing():
+            self._checkpoints.cut(n)
             if not self._spec.target.load_partial(_SEQ, found.data, n):
-                self.disturbed()
-                return tokens  # the host clears memory first
-        except BaseException:
-            self.disturbed()
-            raise
-        llama.input_ids[:n] = tokens[:n]
-        self._ledger.load(n, found.batches)
-        llama.n_tokens = n
-        self._spec.process(_SEQ, 0, tokens[:n], self._spec.target.hidden_rows(0, 0))
+                return tokens
+            llama.input_ids[:n] = tokens[:n]
+            self._ledger.load(n, found.batches)
+            llama.n_tokens = n
+            self._spec.process(_SEQ, 0, tokens[:n], self._spec.target.hidden_rows(0, 0))
+            self._left = None
         self._spec.counters.resumed += n
         self._spec.counters.exact &= found.exact
         return tokens[n:]
@@ -445,7 +449,7 @@ class Session:
         known, large, batches = ledger.known, ledger.save(), list(ledger.batches())
         try:
             self._forget()
-            llama._ctx.kv_cache_clear()
+            self._spec.target.clear()
             llama.n_tokens = 0
             if n_tokens > known:
                 raise RuntimeError(

@@ -42,7 +42,7 @@ class Pair:
     def llama(self, depth: int | None = 3, **options: Any) -> Any:
         """One that drafts, or with a depth of None a plain one."""
         draft = None if depth is None else MtpDraft(self.mtp, num_pred_tokens=depth)
-        defaults = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "seed": 1}
+        defaults = {"n_ctx": 512, "n_batch": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "seed": 1}
         defaults["n_gpu_layers"] = GPU_LAYERS
         return Llama(self.trunk, draft_model=draft, **{**defaults, **options})
 
@@ -253,12 +253,31 @@ class Interruption:
 
 def lines(pair: Pair, n: int) -> dict[str, Any]:
     """An interrupt at n lines of the plugin's code, spread over a generation, and another generation after each."""
-    llm = pair.llama()
     first, other = (prompt[:20] for prompt in prompts(2, seed=5))
+    return interrupted_at_lines(pair, pair.llama(), first, other, n)
+
+
+def resumed(pair: Pair, n: int) -> dict[str, Any]:
+    """The same where each prompt goes on from a checkpoint of the one before."""
+    first, other = ([*(261 + i * i % 239 for i in range(256)), *prompt[:20]] for prompt in prompts(2, seed=5))
+    llm = pair.llama()
+    return interrupted_at_lines(pair, llm, first, other, n, before=lambda: generate(llm, other, 3))
+
+
+def interrupted_at_lines(
+    pair: Pair,
+    llm: Any,
+    first: list[int],
+    other: list[int],
+    n: int,
+    *,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
     text, other_text = pair.plain(first, 80), pair.plain(other)
 
     def interrupted(at: int) -> Interruption:
         tokens: list[int] = []
+        before()
         with Interruption(at) as interruption:
             try:
                 generation = llm.generate(first, temp=0.0)
@@ -288,7 +307,9 @@ def lines(pair: Pair, n: int) -> dict[str, Any]:
             assert generate(llm, other, N_TOKENS) == other_text, where
         else:
             goes_on(where)
-    return {"lines": n_lines, "interrupts": n, "places": len(places), "gave up": llm.draft_model.stats.failures}
+    stats = llm.draft_model.stats
+    counted = {"lines": n_lines, "interrupts": n, "places": len(places)}
+    return {**counted, "gave up": stats.failures, "resumed": stats.resumed}
 
 
 CASES: dict[str, Callable[[Pair, int], dict[str, Any]]] = {
@@ -297,6 +318,7 @@ CASES: dict[str, Callable[[Pair, int], dict[str, Any]]] = {
     "rounds": rounds,
     "interrupts": interrupts,
     "lines": lines,
+    "resumed": resumed,
 }
 
 

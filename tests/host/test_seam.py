@@ -293,6 +293,18 @@ def test_the_rows_that_the_context_gives_are_the_last_tokens(both: tuple[Llama, 
     assert both[1].draft_model.stats.accepted > 5
 
 
+def test_a_prompt_whose_last_token_a_verify_evaluated_is_cached(both: tuple[Llama, Llama]) -> None:
+    """As after the host's own eval: the same prompt again is sampled from at once."""
+    found = []
+    for llm in both:
+        prompt = [*PROMPT, *generate(llm, PROMPT, 12)]
+        first = generate(llm, prompt, 1)
+        assert llm._requires_eval is False
+        found.append((first, llm.n_tokens, generate(llm, prompt, 12)))
+    assert found[0] == found[1]
+    assert both[1].draft_model.stats.iters > 0
+
+
 def test_every_argument_of_sample_may_be_given_by_position(both: tuple[Llama, Llama]) -> None:
     found = []
     for llm in both:
