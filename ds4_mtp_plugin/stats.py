@@ -19,7 +19,8 @@ class MtpStats:
         ngram_proposed: of the drafts verified those from the text.
         ngram_accepted: and those of them that were accepted.
         plain: single tokens decoded in a generation without drafts (no room, no hidden row yet, or a failure).
-        resumed: tokens of prompts that were not evaluated, because a checkpoint was behind them.
+        evaluated: tokens of prompts that were evaluated, and those of an app's own `eval`.
+        resumed: tokens of prompts that were not, because a checkpoint was behind them.
         failures: generations that something failed in, and that went on plainly.
         draft_decodes: decodes of the MTP head.
         draft_ms: time spent in drafting, milliseconds.
@@ -37,6 +38,7 @@ class MtpStats:
     ngram_proposed: int = 0
     ngram_accepted: int = 0
     plain: int = 0
+    evaluated: int = 0
     resumed: int = 0
     failures: int = 0
     draft_decodes: int = 0
@@ -85,6 +87,7 @@ class Counters:
         self.exact = True
         self.iters = 0
         self.plain = 0
+        self.evaluated = 0
         self.resumed = 0
         self.failures = 0
         self.draft_s = 0.0
@@ -121,6 +124,7 @@ class Counters:
             ngram_proposed=self._ngram_proposed,
             ngram_accepted=self._ngram_accepted,
             plain=self.plain,
+            evaluated=self.evaluated,
             resumed=self.resumed,
             failures=self.failures,
             draft_decodes=draft_decodes,

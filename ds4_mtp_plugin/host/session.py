@@ -168,6 +168,7 @@ class Session:
             chunk = tokens[i : i + llama.n_batch]
             keep = len(chunk) - max(0, len(tokens) - self._spec.drafter.window - i)
             self._eval_chunk(llama, host_eval, chunk, max(0, keep))
+            self._spec.counters.evaluated += len(chunk)
             self._take_checkpoint(llama, last=i + len(chunk) == len(tokens))
 
     def reset(self, llama: Llama, host_reset: Callable[[], None]) -> None:

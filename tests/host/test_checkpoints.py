@@ -81,6 +81,7 @@ def test_prompts_in_turn_go_back_and_forth(both: tuple[Llama, Llama]) -> None:
     texts = [[generate(llm, prompt, 12) for prompt in prompts] for llm in both]
     assert texts[0] == texts[1]
     assert resumed(both[1]) == 512 + 512 + 512 + 256 + 256 + 1280
+    assert both[1].draft_model.stats.evaluated == sum(len(prompt) for prompt in prompts) - resumed(both[1])
 
 
 @pytest.mark.parametrize("num_pred_tokens", [0, None])
