@@ -73,6 +73,14 @@ def test_k_rows_are_k_single_rows(plant: Plant, quant: str) -> None:
     assert {k: differing(alone, decode(files, k)) for k in WIDTHS} == {k: [] for k in WIDTHS}
 
 
+@pytest.mark.parametrize("quant", ["Q8_0", "Q4_0", "Q4_K", "MXFP4"])
+def test_as_on_cpus_that_repack_no_weights(plant: Plant, quant: str) -> None:
+    files = plant(**BY_CONTEXT, config=WIDE, quant=quant)
+    alone = decode(files, 1, repack=False)
+    widths = (*WIDTHS, 2, 4)
+    assert {k: differing(alone, decode(files, k, repack=False)) for k in widths} == {k: [] for k in widths}
+
+
 @pytest.mark.parametrize("quant", ["F16", "Q8_0", "Q4_K"])
 @pytest.mark.parametrize("flash", [False, True])
 @pytest.mark.parametrize("threads", [(1, 2), (2, 1), (2, 3)])

@@ -4,3 +4,28 @@
 // not depend on how many went with it. The most that are verified together are 16 drafts and the token before them;
 // larger batches are prompts and keep the fast kernels.
 #define DS4_MTP_SINGLE_ROWS 17
+
+// As many rows of activations a dot product takes at once, where it can: a block of weights is loaded and unpacked once
+// for all of them, and each row's numbers are added in the order of a single row.
+#define DS4_MTP_COLUMNS 4
+
+// The number of rows has to be a constant in the loops.
+#if defined(_MSC_VER)
+#define DS4_MTP_ALWAYS_INLINE static __forceinline
+#else
+#define DS4_MTP_ALWAYS_INLINE static inline __attribute__((always_inline))
+#endif
+
+#include <stddef.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Dot products of the row vx of Q8_0 weights with nc <= DS4_MTP_COLUMNS rows at vy, vy + by, ...; results s[0], s[bs], ...
+// On x86 with AVX2 (arch/x86/quants.c).
+void ds4_mtp_vec_dots_q8_0(int n, float * s, size_t bs, const void * vx, const void * vy, size_t by, int nc);
+
+#ifdef __cplusplus
+}
+#endif
