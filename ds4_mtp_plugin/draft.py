@@ -186,7 +186,7 @@ class NgramDraft(Draft):
 
     Pass it as ``draft_model`` to ``llama_cpp.Llama``. It needs no head, and pays where text repeats itself: code that
     is edited, quotes, tables, JSON. One NgramDraft serves one Llama at a time. It drafts for models whose memory can
-    take rows back, which is all but the recurrent and hybrid ones (DeepSeek-V4's can).
+    take rows back, which is all but the recurrent and hybrid ones (DeepSeek-V4's can); those have checkpoints alone.
 
     Example:
         >>> from ds4_mtp_plugin import NgramDraft  # before llama_cpp

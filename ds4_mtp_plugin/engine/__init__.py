@@ -14,7 +14,7 @@ from .context import (
     Model,
     NoSuchRow,
 )
-from .library import ABI, LIBRARY_DIR, ROLLBACK_ANY, ROLLBACK_RECENT, Library, ffi
+from .library import ABI, LIBRARY_DIR, ROLLBACK_ANY, ROLLBACK_RECENT, ROLLBACK_SAVED, Library, ffi
 
 __all__ = [
     "ABI",
@@ -24,6 +24,7 @@ __all__ = [
     "LIBRARY_DIR",
     "ROLLBACK_ANY",
     "ROLLBACK_RECENT",
+    "ROLLBACK_SAVED",
     "Batch",
     "Best",
     "Context",

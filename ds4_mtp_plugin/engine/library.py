@@ -28,7 +28,7 @@ ffi: _t.Any = _cffi.FFI()
 ffi.cdef(_resources.files(__package__).joinpath("cdef.txt").read_text(encoding="utf-8"))
 
 # enum ds4_mtp_rollback
-ROLLBACK_RECENT, ROLLBACK_ANY = 1, 2
+ROLLBACK_RECENT, ROLLBACK_ANY, ROLLBACK_SAVED = 1, 2, 3
 
 # enum ds4_mtp_struct: every struct that crosses the interface by value.
 _BY_VALUE = ("struct llama_model_params", "struct llama_context_params", "llama_batch")
@@ -97,7 +97,7 @@ class Library:
         self.lib.ds4_mtp_gpu_rows_alone(on)
 
     def rollback(self, model: _t.Any) -> int:
-        """Which rows the memory of a model's contexts can take back: ROLLBACK_RECENT, ROLLBACK_ANY, or 0 for none.
+        """Which rows the memory of a model's contexts can take back: a ROLLBACK_ constant, or 0 for none.
 
         Args:
             model: a pointer or an address.

@@ -17,7 +17,7 @@ from typing import Any
 import llama_cpp
 
 from ..draft import MAX_PRED_TOKENS, Draft, MtpDraft, gate, in_use
-from ..engine import ROLLBACK_RECENT, Context, EngineError, Model, ffi
+from ..engine import ROLLBACK_RECENT, ROLLBACK_SAVED, Context, EngineError, Model, ffi
 from ..gguf import check_pair, read_header
 from ..settings import current as settings
 from ..speculation import AdaptiveDepth, ChainDrafter, CommonSpeculative, Drafter, MtpDrafter, NgramDrafter, NoDrafter
@@ -83,6 +83,10 @@ class Admission:
         if self.drafts:
             try:
                 session = _open(llama, self.draft, tested=self.tested)
+                if _recurrent(llama) and self.draft.num_pred_tokens > 0:
+                    self.why_off = "the memory of this model (recurrent or hybrid) cannot take back rejected drafts"
+                    if session is not None:
+                        self.why_off += "; prompts that begin as the one before go on from checkpoints"
             except _NoSpeculation as err:
                 self.why_off = str(err)
             except BaseException:
@@ -234,7 +238,7 @@ def _open(llama: Llama, draft: Draft, *, tested: bool) -> Session | None:
         ValueError: the files do not fit together.
         _NoSpeculation: the engine cannot draft, most likely for want of memory.
     """
-    of_head, of_text = _depths(draft, llama.context_params)
+    of_head, of_text = (0, 0) if _recurrent(llama) else _depths(draft, llama.context_params)
     checkpoints = _checkpoints(llama, draft)
     if of_head == of_text == 0 and checkpoints is None:
         return None
@@ -245,7 +249,7 @@ def _open(llama: Llama, draft: Draft, *, tested: bool) -> Session | None:
         raise _NoSpeculation(
             "the engine could not create a context that can roll back (its log on stderr says why)"
             if library().rollback(llama._model.model) == ROLLBACK_RECENT
-            else "the memory of this model (recurrent, hybrid, or not causal) cannot take back rejected drafts"
+            else "a row of this model sees those behind it"
         )
     n_gpu_layers, params = llama.model_params.n_gpu_layers, llama.context_params
     on_gpu, caches = _on_gpu(n_gpu_layers), {params.type_k, params.type_v}
@@ -282,6 +286,10 @@ def _open(llama: Llama, draft: Draft, *, tested: bool) -> Session | None:
     return session
 
 
+def _recurrent(llama: Llama) -> bool:
+    return library().rollback(llama._model.model) == ROLLBACK_SAVED
+
+
 def _checkpoints(llama: Llama, draft: Draft) -> Checkpoints | None:
     """For memory that cannot be cut, where a text that goes on behind a checkpoint rounds as one from its beginning.
 
@@ -289,7 +297,8 @@ def _checkpoints(llama: Llama, draft: Draft) -> Checkpoints | None:
     kernel of the CPU sums them in the same order; in a cache of a window's size (swa_full=False) they lie in a ring,
     which turns otherwise then. And the host must want no row of logits of what is not evaluated.
     """
-    if library().rollback(llama._model.model) != ROLLBACK_RECENT or _on_gpu(llama.model_params.n_gpu_layers):
+    kind = library().rollback(llama._model.model)
+    if kind not in (ROLLBACK_RECENT, ROLLBACK_SAVED) or _on_gpu(llama.model_params.n_gpu_layers):
         return None
     params = llama.context_params
     if draft.checkpoints_mb == 0 or not params.swa_full or params.n_batch % 256 != 0 or llama._logits_all:

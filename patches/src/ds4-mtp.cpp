@@ -126,11 +126,13 @@ int32_t ds4_mtp_rollback(const llama_model * model) {
     if (model->arch == LLM_ARCH_DEEPSEEK4) {
         return DS4_MTP_ROLLBACK_RECENT;
     }
-    // What a recurrent layer has read of a row stays read. An encoder's rows, or those of a text that is diffused, see
-    // rows behind them.
-    if (llama_model_is_recurrent(model) || llama_model_is_hybrid(model) || llama_model_is_diffusion(model) ||
-            llama_model_has_encoder(model) || !model->hparams.causal_attn) {
+    // An encoder's rows, or those of a text that is diffused, see rows behind them.
+    if (llama_model_is_diffusion(model) || llama_model_has_encoder(model) || !model->hparams.causal_attn) {
         return DS4_MTP_ROLLBACK_NONE;
+    }
+    // What a recurrent layer has read of a row stays read.
+    if (llama_model_is_recurrent(model) || llama_model_is_hybrid(model)) {
+        return DS4_MTP_ROLLBACK_SAVED;
     }
     return DS4_MTP_ROLLBACK_ANY;
 }

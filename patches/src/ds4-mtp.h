@@ -63,9 +63,10 @@ LLAMA_API bool ds4_mtp_set_head_offset(struct llama_context * ctx, int32_t offse
 LLAMA_API int32_t ds4_mtp_window(const struct llama_model * model);
 
 enum ds4_mtp_rollback {
-    DS4_MTP_ROLLBACK_NONE   = 0, // none that can be relied on
+    DS4_MTP_ROLLBACK_NONE   = 0, // none, and a text is not evaluated from its beginning to its end
     DS4_MTP_ROLLBACK_RECENT = 1, // of the last micro-batch, up to llama_n_rs_seq of them
     DS4_MTP_ROLLBACK_ANY    = 2,
+    DS4_MTP_ROLLBACK_SAVED  = 3, // none that can be relied on, but to where a state was saved
 };
 
 // Which rows the memory of the model's contexts can take back with the state before them intact.

@@ -100,11 +100,33 @@ def test_a_state_brings_its_text(llama: Make, other: Callable[[str], Path]) -> N
     assert follows == generate(llm, [*PROMPT, *before], 30)
 
 
-def test_memory_that_cannot_take_rows_back_is_not_drafted_for(llama: Make, other: Callable[[str], Path]) -> None:
-    plain = generate(llama(other("mamba")), PROMPT, 50)
-    with pytest.warns(RuntimeWarning, match=r"NgramDraft: no speculation: .* cannot take back"):
-        llm = llama(other("mamba"), draft_model=NgramDraft())
-    assert generate(llm, PROMPT, 50) == plain
+@pytest.mark.skipif(GPU_LAYERS != 0, reason="checkpoints are for models on the CPU")
+@pytest.mark.parametrize("architecture", ["mamba", "jamba"])
+def test_memory_that_cannot_take_rows_back_has_checkpoints(
+    llama: Make, other: Callable[[str], Path], architecture: str
+) -> None:
+    rng = np.random.default_rng(1)
+    text = rng.integers(5, 320, 1200).tolist()
+    draft = NgramDraft()
+    plain = llama(other(architecture), n_batch=256, n_ctx=2048)
+    with pytest.warns(RuntimeWarning, match=r"NgramDraft: no speculation: .* cannot take back .* checkpoints"):
+        llm = llama(other(architecture), n_batch=256, n_ctx=2048, draft_model=draft)
+    texts: list[list[Any]] = [[], []]
+    prompts = [text[:1100], [*text[:1000], 7, *text[1001:]], [*text[:600], 8, *text[601:900]], text[:1200], text[:300]]
+    for prompt in (*prompts, *prompts):
+        for each, found in zip((plain, llm), texts):
+            found.append(generate(each, prompt, 12))
+            row = each._ctx.get_logits_ith(-1)
+            found.append(np.ctypeslib.as_array(row, shape=(each.n_vocab(),)).tolist())
+    assert texts[0] == texts[1]
+    assert draft.stats.resumed >= 768 + 512
+    assert draft.stats.iters == 0 and draft.stats.exact
+
+
+def test_without_checkpoints_too_the_text_is_plain(llama: Make, other: Callable[[str], Path]) -> None:
+    with pytest.warns(RuntimeWarning, match="cannot take back"):
+        llm = llama(other("jamba"), n_batch=100, draft_model=NgramDraft())
+    assert generate(llm, PROMPT, 50) == generate(llama(other("jamba"), n_batch=100), PROMPT, 50)
 
 
 @pytest.mark.skipif(GPU_LAYERS != 0, reason="other words there")
