@@ -16,6 +16,8 @@ from matplotlib import pyplot as plt
 TITLES = {
     "test_mini[code]": "ds4-mini, code",
     "test_mini[prose]": "ds4-mini, prose",
+    "test_mini[an edit]": "ds4-mini,\nan edit",
+    "test_mini[json]": "ds4-mini, JSON",
     "test_planted_half_a_gigabyte[0.8]": "500 MB,\nacceptance .8",
     "test_planted_half_a_gigabyte[0.0]": "500 MB,\nnever accepted",
 }
@@ -24,19 +26,22 @@ CONTENDERS = {
     "mtp k=1": "#1b5e9b",
     "mtp k=2": "#4f94cd",
     "mtp k=3": "#9cc5e8",
+    "n-grams alone": "#e6ab02",
+    "server k=1": "#66806a",
+    "server k=3": "#a8c3ab",
     "prompt lookup": "#b0b0b0",
 }
 
 
 def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
     """Bars of the median ratio to plain decoding, with its least and greatest, by text and contender."""
-    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 3.8), layout="constrained")
     width = 0.8 / len(CONTENDERS)
     for i, (name, colour) in enumerate(CONTENDERS.items()):
         for at, run in enumerate(runs.values()):
             row = run.get(name, {})
             x = at + (i - (len(CONTENDERS) - 1) / 2) * width
-            label = name.replace("mtp k=", "depth ") if at == 0 else None
+            label = name.replace("mtp k=", "depth ").replace("server k=", "llama-server ") if at == 0 else None
             if "ratio" not in row:
                 axes.bar(x, 0, width, color=colour, label=label)
                 axes.text(x, 0.02, "fails", ha="center", va="bottom", rotation=90, fontsize=8)
@@ -48,7 +53,7 @@ def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
     axes.set_xticks(range(len(runs)), [TITLES.get(name, name) for name in runs])
     axes.set_ylabel("speed, ratio to plain decoding")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=len(CONTENDERS), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.legend(frameon=False, ncols=len(CONTENDERS), fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.savefig(path, dpi=130)
 
 
