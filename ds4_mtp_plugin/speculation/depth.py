@@ -49,9 +49,12 @@ _PROBE_SHARE, _PROBES_OWED, _PROBES_FREE, _SOME_TIME = 0.01, 6, 4, 16
 _READY_SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 # Where nothing is measured, one that lies ready is verified as long as all up to it are as likely right as this.
 _READY_LEAST = 0.5
-# Decodes of one size whose median counts, and the fewest that are believed at first. After so many cycles a single row
-# is timed again, after so many single rows all the others.
-_RECENT, _BELIEVED, _REFRESH, _REFRESH_VERIFY = 9, 3, 256, 1024
+# Decodes of one size whose median counts, and the fewest that are believed at first. After so many single rows all the
+# others are timed again.
+_RECENT, _BELIEVED, _REFRESH_VERIFY = 9, 3, 1024
+# After so many cycles so many single rows are: where drafts gain little, a single row that was timed in a bad moment
+# would make a loss of it, and is soon timed again. The times before count no more if those are less by this.
+_REFRESH, _LITTLE, _REFRESH_LITTLE, _AGAIN, _FASTER = 256, 1.2, 48, 3, 0.95
 
 
 class _Times:
@@ -94,6 +97,9 @@ class AdaptiveDepth:
         self._seen = [0] * n_max
         self._current = n_max
         self._cycles = 0  # since a single row was timed
+        self._refresh = _REFRESH  # as many of them until it is again
+        self._again: list[float] = []  # the times of that
+        self._single_before = math.inf  # the median until then
         self._cycles_drafted = 0  # since there was no drafting
         self._idle = 0  # decodes since the head's last draft
         self._singles = 0  # single rows since the last verify
@@ -110,12 +116,13 @@ class AdaptiveDepth:
         Where that leaves `probing` True, one token is to be drafted all the same, and not verified.
         """
         room, self.probing, self._took = min(room, self.n_max), False, False
-        if room < 1 or 1 not in self._decodes or self._cycles >= _REFRESH:
+        if room < 1 or 1 not in self._decodes or self._cycles >= self._refresh:
             return 0
         values = [self._value(self._rates[:k], self._draft(k)) for k in range(room + 1)]
         best = max(range(room + 1), key=values.__getitem__)
         if best > 0 and self._current <= room and values[best] <= values[self._current] * (1 + _HYSTERESIS):
             best = self._current  # another depth; 0 is always worth it, for it is never a loss
+        self._refresh = _REFRESH if values[best] > _LITTLE * values[0] else _REFRESH_LITTLE
         if best > 0:
             self._current = best
             return best
@@ -133,7 +140,7 @@ class AdaptiveDepth:
         Args:
             rates: for each of them the share of such drafts that are right, where all before it were.
         """
-        if not rates or 1 not in self._decodes or self._cycles >= _REFRESH:
+        if not rates or 1 not in self._decodes or self._cycles >= self._refresh:
             return 0
         sizes = [k for k in _READY_SIZES if k <= len(rates)]
         values = [self._value(rates[:k]) for k in sizes]
@@ -158,7 +165,15 @@ class AdaptiveDepth:
         """The target decoded so many rows in so many seconds: one row plainly, or a verify."""
         self._note(self._decodes, "decode", n_rows, seconds)
         if n_rows == 1:
-            self._cycles = 0
+            if self._cycles >= self._refresh:
+                self._again.append(seconds)
+            if self._cycles < self._refresh or len(self._again) == _AGAIN:
+                if self._again and sorted(self._again)[_AGAIN // 2] < _FASTER * self._single_before:
+                    self._decodes[1] = _Times()
+                    for each in self._again:
+                        self._decodes[1].add(each)
+                self._cycles, self._again = 0, []
+                self._single_before = self._decodes[1].median if 1 in self._decodes else math.inf
             self._idle += 1
             self._singles += 1
             if self._singles % _REFRESH_VERIFY == 0:  # a hiccup of the machine is not believed for ever

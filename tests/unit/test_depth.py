@@ -117,6 +117,18 @@ def test_it_follows_a_text_that_changes(machine: str) -> None:
     assert mean_cost(MACHINES[machine], rates, 4000, 0) / it >= 1.05
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_single_row_that_was_timed_in_a_bad_moment_is_timed_again(seed: int) -> None:
+    """What drafts seem to gain then, they lose."""
+    run = Run(Machine((1.2, 1.75, 2.3, 2.9), 0.2), lambda n: TEXTS["code"], seed).until(12, 0)
+    run.machine = Machine((1, 1.75, 2.3, 2.9), 0.2)  # as it is: no depth pays
+    run.until(40)
+    assert run.depths[-1] > 0
+    before = len(run.depths)
+    run.until(400)
+    assert run.depths[before + 60 :].count(0) > 0.9 * len(run.depths[before + 60 :])
+
+
 def test_a_drop_is_seen_within_ten_cycles() -> None:
     run = Run(MACHINES["flash"], lambda n: TEXTS["code"] if n < 500 else (0.0, 0.0, 0.0)).until(500)
     before = len(run.depths)
@@ -134,7 +146,7 @@ def test_deeper_drafts_are_tried_again_where_the_first_are_right() -> None:
     """What was learned of them in a hard text is of no use in an easy one, and at depth 1 nothing new is learned."""
     for seed in range(5):
         run = Run(MACHINES["h100"], lambda n: (0.6, 0.05, 0.05) if n < 400 else (0.98, 0.98, 0.98), seed)
-        assert set(run.until(400).depths[-20:]) <= {0, 1}
+        assert sum(k > 1 for k in run.until(400).depths[-40:]) <= 4
         run.until(1400)
         assert max(run.depths[-20:]) == 3 and 1 not in run.depths[-20:]
 
@@ -172,12 +184,18 @@ def test_drafts_are_left_off_as_soon_as_they_lose_and_come_back_for_a_gain() -> 
         for _ in range(30):
             depth.outcome(0, True)
     assert depth.choose(1) == 1
+    for _ in range(3):
+        depth.decoded(1, 1.0)
     for _ in range(20):
         depth.decoded(2, 1.92)
     assert depth.choose(1) == 0
+    for _ in range(3):
+        depth.decoded(1, 1.0)
     for _ in range(20):
         depth.decoded(2, 1.87)
     assert depth.choose(1) == 0
+    for _ in range(3):
+        depth.decoded(1, 1.0)
     for _ in range(20):
         depth.decoded(2, 1.82)
     assert depth.choose(1) == 1
