@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,17 @@ class MtpStats:
         """Cycles with 0, 1, 2, ... drafts of the head; one with 0 is a plain decode."""
         at_least = (*self.proposed_per_position, 0)
         return (self.plain, *(a - b for a, b in zip(at_least, at_least[1:])))
+
+    def since(self, before: MtpStats) -> MtpStats:
+        """What was counted since the snapshot `before` of the same draft."""
+
+        def less(now: Any, then: Any) -> Any:
+            if isinstance(now, tuple):
+                return tuple(a - b for a, b in zip(now, then or (0,) * len(now)))
+            return now - then
+
+        counted = (each.name for each in fields(self) if each.name not in ("depth", "exact"))
+        return replace(self, **{name: less(getattr(self, name), getattr(before, name)) for name in counted})
 
     def __str__(self) -> str:
         # The fields and their order are those of ds4's report (TrevorS/ds4, pull request 4); ours come behind them.

@@ -18,7 +18,7 @@ def seed(args: argparse.Namespace) -> int:
     return random.randrange(2**32 - 1) if args.seed == -1 else int(args.seed)
 
 
-def compare(model: str, draft: Draft, prompt: str, args: argparse.Namespace) -> int:
+def compare(model: str, draft: Draft, prompt: str, args: argparse.Namespace, *, warm_up: bool = False) -> int:
     """Generate plainly, then with the draft; an exit status."""
     chosen = seed(args)
 
@@ -27,9 +27,9 @@ def compare(model: str, draft: Draft, prompt: str, args: argparse.Namespace) -> 
             print(text)
 
     title("--- plain ---")
-    plain = generation.generate(model, None, prompt, args, seed=chosen)
+    plain = generation.generate(model, None, prompt, args, seed=chosen, warm_up=warm_up)
     title("--- speculative ---")
-    drafted = generation.generate(model, draft, prompt, args, seed=chosen)
+    drafted = generation.generate(model, draft, prompt, args, seed=chosen, warm_up=warm_up)
     title("---")
     n = len(plain.tokens)
     same = plain.tokens == drafted.tokens

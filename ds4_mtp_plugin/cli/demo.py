@@ -1,6 +1,7 @@
 """Generate the same text plainly and speculatively with the small DeepSeek-V4 that comes with the plugin.
 
-It shows both texts, that they are the same, and what speculation did and cost on this machine.
+It shows both texts, that they are the same, and what speculation did and cost on this machine, after a run of each to warm
+up.
 """
 
 from __future__ import annotations
@@ -27,4 +28,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def do(args: argparse.Namespace) -> int:
     draft = MtpDraft(HEAD, num_pred_tokens=args.num_pred_tokens)
-    return compare(str(BASE), draft, arguments.prompt(args), args)
+    return compare(str(BASE), draft, arguments.prompt(args), args, warm_up=True)

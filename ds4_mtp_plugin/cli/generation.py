@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import collections
 import contextlib
+import itertools
 import sys
 import threading
 import time
@@ -75,9 +77,12 @@ def load(model_path: str, draft: Draft | None, args: argparse.Namespace) -> Iter
 
 
 def generate(
-    model_path: str, draft: Draft | None, prompt: str, args: argparse.Namespace, *, seed: int = 1
+    model_path: str, draft: Draft | None, prompt: str, args: argparse.Namespace, *, seed: int = 1, warm_up: bool = False
 ) -> Generation:
     """Load, generate, stream to stdout unless ``args.json``, and free everything again.
+
+    Args:
+        warm_up: generate once before, unseen, so that graphs are built and times are known.
 
     Raises:
         ValueError: the prompt fills the context, or there is no template for ``args.chat``.
@@ -85,6 +90,11 @@ def generate(
     with load(model_path, draft, args) as llm:
         prompt_tokens = tokenize(llm, prompt, args)
         n = length(llm, prompt_tokens, args)
+        if warm_up:
+            llm.set_seed(seed)
+            collections.deque(itertools.islice(llm.generate(prompt_tokens, **arguments.sampling(args)), n), maxlen=0)
+            llm.reset()  # type: ignore[no-untyped-call, unused-ignore]
+        before = None if draft is None else draft.stats
         llm.set_seed(seed)
         vocab = llama_cpp.llama_model_get_vocab(llm.model)
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -115,7 +125,7 @@ def generate(
         text += say(b"", final=True)
         if not args.json:
             print(flush=True)
-        stats = None if draft is None else draft.stats
+        stats = None if draft is None or before is None else draft.stats.since(before)
         return Generation(
             tokens,
             first - start,
