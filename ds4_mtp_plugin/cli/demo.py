@@ -1,6 +1,6 @@
 """Generate the same text plainly and speculatively with the small DeepSeek-V4 that comes with the plugin.
 
-It shows both texts, that they are the same, and what speculation did and cost on this machine, after a run of each to warm
+It shows both texts, that they are the same, and what speculation did and cost on this machine; each after a run to warm
 up.
 """
 
