@@ -105,7 +105,16 @@ def test_they_are_there_with_any_draft_and_with_none(
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"n_ubatch": 128}, {"n_batch": 512}, {"swa_full": False}, {"flash_attn": True}]
+    "options",
+    [
+        {},
+        {"n_ubatch": 128},
+        {"n_batch": 512},
+        {"n_batch": 512, "n_ubatch": 64},
+        {"flash_attn": True},
+        {"swa_full": False},
+    ],
+    ids=["256", "256 in 128", "512", "512 in 64", "flash", "window"],
 )
 def test_histories_of_edits(llama: Make, plant: Plant, options: dict[str, Any]) -> None:
     """As an agent's or an editor's prompts follow each other: all logits behind them are those of a text read anew."""
