@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import ds4_mtp_plugin  # noqa: F401
@@ -8,6 +10,13 @@ import ds4_mtp_plugin  # noqa: F401
 import pytest
 
 TABLES: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where models are written, and found again."""
+    given = os.environ.get("DS4_BENCH_DIR")
+    return Path(given) if given else tmp_path_factory.mktemp("bench")
 
 
 @pytest.fixture

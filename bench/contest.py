@@ -17,6 +17,7 @@ from llama_cpp import Llama
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from ds4_mtp_plugin import MtpDraft, NgramDraft
+from ds4_mtp_plugin.cli.prefix import ask
 
 
 @dataclasses.dataclass
@@ -50,13 +51,7 @@ class Contender:
     def continues(self, prompt: Sequence[int], n: int) -> tuple[float, list[int]]:
         """The host goes on from what it holds: seconds to the first token, and n greedy tokens."""
         assert self.llm is not None
-        t0, first, text = time.perf_counter(), 0.0, []
-        for token in self.llm.generate(prompt, temp=0.0):
-            first = first or time.perf_counter() - t0
-            text.append(token)
-            if len(text) == n:
-                break
-        return first, text
+        return ask(self.llm, prompt, n)
 
     def stats(self) -> dict[str, Any]:
         """What speculation did, nothing without it."""

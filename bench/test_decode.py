@@ -64,12 +64,6 @@ PROMPTS = {
 }
 
 
-@pytest.fixture(scope="session")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    given = os.environ.get("DS4_BENCH_DIR")
-    return Path(given) if given else tmp_path_factory.mktemp("bench")
-
-
 def field(mtp: Path, directory: Path) -> list[Contender]:
     """All contenders, llama.cpp's own server among them where there is one."""
     servers = [

@@ -25,12 +25,6 @@ from ds4_mtp_plugin.cli.prefix import conversation
 from tests.fixtures.planted import BENCH, planted
 
 
-@pytest.fixture(scope="session")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    given = os.environ.get("DS4_BENCH_DIR")
-    return Path(given) if given else tmp_path_factory.mktemp("bench")
-
-
 @pytest.mark.parametrize(
     ("model", "n"), [("mini", 1000), ("mini", 4000), ("mini", 16000), ("500 MB", 1000), ("500 MB", 4000)]
 )

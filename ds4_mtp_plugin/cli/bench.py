@@ -71,10 +71,9 @@ class Contender:
         end = time.perf_counter()
         self.first.append(first - start)
         self.seconds.append(end - first)
-        after = draft.stats
-        self.cycles += after.iters + after.plain - before.iters - before.plain
-        for mine, name in ((self.accepted, "accepted_per_position"), (self.verifies, "proposed_per_position")):
-            new = [a - b for a, b in zip(getattr(after, name), getattr(before, name))]
+        stats = draft.stats.since(before)
+        self.cycles += stats.iters + stats.plain
+        for mine, new in ((self.accepted, stats.accepted_per_position), (self.verifies, stats.proposed_per_position)):
             mine[:] = [a + b for a, b in zip(mine or [0] * len(new), new)]
 
     def forget(self) -> None:

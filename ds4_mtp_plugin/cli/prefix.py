@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -15,13 +16,25 @@ from ..draft import Draft
 from ..engine.cpu import cpu
 from . import EXIT_DIFFERS, EXIT_OK, generation
 
-__all__ = ["conversation", "run"]
+__all__ = ["ask", "conversation", "run"]
 
 # Tokens of an answer, and of what comes behind it.
 _ANSWER, _NEW = 16, 24
 
 #: Takes a prompt and a number of tokens: seconds to the first of them, and they.
 Ask = Callable[[Sequence[int], int], "tuple[float, list[int]]"]
+
+
+def ask(llm: Llama, prompt: Sequence[int], n: int) -> tuple[float, list[int]]:
+    """The Llama goes on from what it holds: seconds to the first token, and n greedy tokens."""
+    t0 = time.perf_counter()
+    first, tokens = 0.0, []
+    for token in llm.generate(prompt, temp=0.0):
+        first = first or time.perf_counter() - t0
+        tokens.append(token)
+        if len(tokens) == n:
+            break
+    return first, tokens
 
 
 def conversation(ask: Ask, text: Sequence[int], n: int) -> Iterator[tuple[str, float, list[int]]]:
@@ -44,16 +57,6 @@ def run(llm: Llama, draft: Draft, text: Sequence[int], args: argparse.Namespace)
     seconds: dict[str, tuple[list[float], list[float]]] = {}
     same = True
 
-    def ask(prompt: Sequence[int], n: int) -> tuple[float, list[int]]:
-        t0 = time.perf_counter()
-        first, tokens = 0.0, []
-        for token in llm.generate(prompt, temp=0.0):
-            first = first or time.perf_counter() - t0
-            tokens.append(token)
-            if len(tokens) == n:
-                break
-        return first, tokens
-
     with generation.progress(f"{args.rounds} rounds of 2 times 6 prompts of {n} tokens"):
         for turn in range(args.rounds):
             answers: list[list[list[int]]] = [[], []]
@@ -61,7 +64,7 @@ def run(llm: Llama, draft: Draft, text: Sequence[int], args: argparse.Namespace)
                 llm.draft_model = draft if i else None
                 llm.reset()  # type: ignore[no-untyped-call, unused-ignore]
                 llm._ctx.kv_cache_clear()  # type: ignore[no-untyped-call, unused-ignore]
-                for what, first, answer in conversation(ask, text, n):
+                for what, first, answer in conversation(functools.partial(ask, llm), text, n):
                     seconds.setdefault(what, ([], []))[i].append(first)
                     answers[i].append(answer)
             same = same and answers[0] == answers[1]

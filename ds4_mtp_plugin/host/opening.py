@@ -253,7 +253,7 @@ def _open(llama: Llama, draft: Draft, *, tested: bool) -> Session | None:
         )
     n_gpu_layers, params = llama.model_params.n_gpu_layers, llama.context_params
     on_gpu, caches = _on_gpu(n_gpu_layers), {params.type_k, params.type_v}
-    n_rows = 1 + (of_head or of_text)
+    n_rows = 1 + (of_head if isinstance(draft, MtpDraft) else of_text)  # as admitted; beside a head the text has fewer
     why_not = _why_not_exact(n_gpu_layers, n_rows, caches, tested=tested)
     # A GPU's kernels that give the bits of single rows are slower, so they are for those who ask for them.
     alone = on_gpu and _asks_for_exact(draft) and why_not is None

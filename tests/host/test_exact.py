@@ -55,6 +55,11 @@ def test_on_a_gpu_that_was_tested_it_is_promised_as_far_as_it_holds(
     assert llm.draft_model.stats.exact and asked == [True]
     llm.close()
     assert asked == [True, False]
+    draft = MtpDraft(files.mtp, num_pred_tokens=0, ngram=True, exact=True)
+    llm = llama(files.trunk, **options, draft_model=draft)
+    assert draft.stats.exact and llm._ds4_mtp._spec.n_draft == 4  # what is promised and admitted is kept
+    llm.close()
+    assert asked == [True, False, True, False]
     with pytest.raises(ValueError, match="5 rows are computed as if each were alone: num_pred_tokens=4 at most"):
         llama(files.trunk, **options, draft_model=MtpDraft(files.mtp, num_pred_tokens=5, exact=True))
     options |= {"type_k": 8, "type_v": 8, "flash_attn": True}

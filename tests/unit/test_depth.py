@@ -144,11 +144,13 @@ def test_a_head_that_is_never_right_is_dropped_after_few_drafts() -> None:
 
 def test_deeper_drafts_are_tried_again_where_the_first_are_right() -> None:
     """What was learned of them in a hard text is of no use in an easy one, and at depth 1 nothing new is learned."""
+    hard: list[int] = []
     for seed in range(5):
         run = Run(MACHINES["h100"], lambda n: (0.6, 0.05, 0.05) if n < 400 else (0.98, 0.98, 0.98), seed)
-        assert sum(k > 1 for k in run.until(400).depths[-40:]) <= 4
+        hard += run.until(400).depths[100:]
         run.until(1400)
         assert max(run.depths[-20:]) == 3 and 1 not in run.depths[-20:]
+    assert sum(k > 1 for k in hard) <= 0.03 * len(hard)  # now and then, wherever in the hard text one looks
 
 
 def test_single_rows_are_what_is_left_where_no_draft_can_pay_and_the_head_is_not_asked() -> None:
