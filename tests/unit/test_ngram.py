@@ -72,6 +72,8 @@ def test_a_gap_is_no_text() -> None:
     drafter.process(0, 100, [1, 2], NONE)
     assert drafter.ready(0, 102, 3, 4) == NOTHING_READY
     assert drafter.ready(0, 99, 3, 4) == NOTHING_READY
+    drafter.process(0, 102, [3, 7, 1, 2], NONE)
+    assert drafter.draft(0, 106, 3, 1) == [7]
 
 
 def rates(drafter: NgramDrafter, follows: list[int]) -> list[float]:
@@ -105,6 +107,17 @@ def test_a_token_is_judged_once() -> None:
     for drafter in (once, twice):
         drafter.process(0, 9, [4], NONE)  # ... and then evaluated
     assert once._rates == twice._rates != NgramDrafter()._rates
+
+
+def test_behind_a_wrong_draft_nothing_is_judged() -> None:
+    drafter = NgramDrafter()
+    drafter.process(0, 0, [1, 2, 3, 4, 5, 6, 1, 2], NONE)
+    assert list(drafter.ready(0, 8, 3, 3).rates) == [0.4, 0.5, 0.6]  # a match grows with each draft that is right
+    before = dict(drafter._rates)
+    drafter.process(0, 8, [3, 4, 9, 6], NONE)
+    after = dict(drafter._rates)
+    assert after.pop(3) > before.pop(3) and after.pop(4) < before.pop(4)
+    assert after == before
 
 
 def test_longer_matches_have_rates_of_their_own() -> None:

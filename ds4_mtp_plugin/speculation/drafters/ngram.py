@@ -124,7 +124,6 @@ class NgramDrafter:
         if s is None or s.hi != n_past:
             return NOTHING_READY
         self._judge(seq_id, n_past, id_last)
-        self._pending.pop(seq_id, None)
         at, length = s.match(id_last)
         if length == 0:
             return NOTHING_READY
@@ -145,7 +144,7 @@ class NgramDrafter:
             return
         self._pending.pop(seq_id, None)
         if n_past <= s.lo:
-            del self._sequences[seq_id]
+            del self._sequences[seq_id]  # all at once: each prompt begins so
         else:
             s.cut(n_past)
 
