@@ -331,7 +331,7 @@ class Session:
         depth, room = self._depth, generation.room(n_past, len(llama.input_ids))
         n_max = depth.choose(room)
         ready = self._spec.ready(_SEQ, n_past, token, room)
-        n_ready = depth.take(n_max, ready.rates)
+        n_ready = depth.take(ready.rates)
         drafts = list(ready.tokens[:n_ready])
         if n_ready == 0:
             n_max = n_max or int(depth.probing)
@@ -339,16 +339,18 @@ class Session:
                 return False
             t0 = time.perf_counter()
             try:
-                drafts = self._spec.draft(_SEQ, n_past, token, n_max)
+                drafts = self._spec.draft(_SEQ, n_past, token, n_max, depth.more)
             except _FAILURES as err:
                 self._give_up(f"drafting failed: {err}")
                 return False
             if not drafts:
                 return False
             depth.drafted(len(drafts), time.perf_counter() - t0)
-            if depth.probing:
+            n_worth = depth.worth(len(drafts))
+            if n_worth == 0:
                 self._unverified = n_past + 1, drafts[0]
                 return False
+            del drafts[n_worth:]
         t0 = time.perf_counter()
         try:
             with self._ledger.changing():

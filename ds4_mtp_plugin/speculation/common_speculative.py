@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from ..engine import HIDDEN_OUTPUTS, Batch, Context, EngineError, Floats
 from ..stats import Counters, MtpStats
-from .drafters import NOTHING_READY, Drafter, Ready
+from .drafters import NOTHING_READY, Drafter, More, Ready
 
 
 class RollbackRefused(EngineError):
@@ -131,9 +131,9 @@ class CommonSpeculative:
         n_max = self._room(n_past, n_max)
         return self.drafter.ready(seq_id, n_past, id_last, n_max) if n_max > 0 else NOTHING_READY
 
-    def draft(self, seq_id: int, n_past: int, id_last: int, n_max: int) -> list[int]:
+    def draft(self, seq_id: int, n_past: int, id_last: int, n_max: int, more: More | None = None) -> list[int]:
         """Up to `n_max` drafts to follow `id_last` at position `n_past`; no more than n_draft, or than the context
-        has room for.
+        has room for, and none behind one at which `more` says so.
 
         Raises:
             EngineError: the drafter failed.
@@ -142,7 +142,7 @@ class CommonSpeculative:
         if n_max < 1:
             return []
         t0 = time.perf_counter()
-        drafts = self.drafter.draft(seq_id, n_past, id_last, n_max)
+        drafts = self.drafter.draft(seq_id, n_past, id_last, n_max, more)
         self.counters.draft_s += time.perf_counter() - t0
         # What is no token of the target is no draft: its decode would fail, and take the verified rows with it.
         no_token = (i for i, token in enumerate(drafts) if not 0 <= token < self.target.n_vocab)

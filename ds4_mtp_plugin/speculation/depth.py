@@ -5,6 +5,7 @@ Neither looks at what the target would say, so both cost or save time and cannot
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -40,11 +41,14 @@ _PRIOR, _PRIOR_WEIGHT = 0.7, 2
 _WEIGHT, _PROBE_WEIGHT = 0.1, 0.3
 # What a deeper draft that was not tried lately is believed to be, of the one before it, and how fast.
 _DEEPER, _LIFT = 0.95, 0.02
-# Another depth has to promise so much more.
+# Drafting has to promise so much more than plain decoding to begin.
 _HYSTERESIS = 0.03
-# What looking again may cost on average; how many looks may be owed while they are right; and how many are free where
-# drafts paid for some time until now.
-_PROBE_SHARE, _PROBES_OWED, _PROBES_FREE, _SOME_TIME = 0.01, 6, 4, 16
+# By how much the best logit of a draft leads (in nats), drafts are learned of apart; the least weight of a new one.
+_LEADS, _LEAD_WEIGHT = (0.5, 1.0, 2.0, 4.0), 0.05
+# What looking again may cost on average, and as long as a verified draft was right within so many single rows; how many
+# looks may be owed while they are right; and how many are free where drafts paid for some time until now.
+_PROBE_SHARE, _PROBE_SHARE_LATELY, _LATELY = 0.01, 0.02, 200
+_PROBES_OWED, _PROBES_FREE, _SOME_TIME = 6, 4, 16
 # Of drafts that lie ready so many are verified: fewer sizes are known sooner.
 _READY_SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 # Where nothing is measured, one that lies ready is verified as long as all up to it are as likely right as this.
@@ -80,6 +84,10 @@ class AdaptiveDepth:
     nothing is verified; from time to time the head is asked for one token, which is compared with the one that comes.
     Drafts that lie ready (`drafters.Ready`) come with rates of their own and no time of a head.
 
+    How sure the head is of a draft says more of it than its position does. So once drafting pays on average, each step
+    decides (`more`) whether the next one pays, and the end (`worth`) how many drafts are verified: what counts is the
+    tokens that are gained over those that the same time gives on average.
+
     One object serves one Llama, over all of its generations. It reads no clock: whoever decodes tells it.
     """
 
@@ -95,6 +103,12 @@ class AdaptiveDepth:
         self._begun: set[tuple[str, int]] = set()  # whose first time was dropped: it builds graphs
         self._rates = [_PRIOR * _DEEPER**i for i in range(n_max)]
         self._seen = [0] * n_max
+        # The same by the lead of the draft, where one of such a lead was seen.
+        self._led: list[dict[int, tuple[float, int]]] = [{} for _ in range(n_max)]
+        self._leads: list[int] = []  # of the drafts of this cycle
+        self._pace = 0.0  # tokens per second, of the best depth on average
+        self._most = n_max  # how many drafts there is room for in this cycle
+        self._worth = 0  # how many of them are verified
         self._current = n_max
         self._cycles = 0  # since a single row was timed
         self._refresh = _REFRESH  # as many of them until it is again
@@ -107,25 +121,26 @@ class AdaptiveDepth:
         self._probe = 0.0  # seconds that the last one took
         self._promising = False  # it was right
         self._took = False  # what lay ready is verified
+        self._since_right = _LATELY  # single rows since a first draft was right
         self.probing = False
         self.misses = 0  # first drafts in a row that were wrong
 
     def choose(self, room: int) -> int:
-        """How many tokens to draft next, at most `room`: 0 for a plain decode.
+        """How many tokens to draft next, at most `room`: 0 for a plain decode. `more` may end the draft before.
 
         Where that leaves `probing` True, one token is to be drafted all the same, and not verified.
         """
-        room, self.probing, self._took = min(room, self.n_max), False, False
+        room, self.probing, self._took, self._leads = min(room, self.n_max), False, False, []
         if room < 1 or 1 not in self._decodes or self._cycles >= self._refresh:
             return 0
         values = [self._value(self._rates[:k], self._draft(k)) for k in range(room + 1)]
         best = max(range(room + 1), key=values.__getitem__)
-        if best > 0 and self._current <= room and values[best] <= values[self._current] * (1 + _HYSTERESIS):
-            best = self._current  # another depth; 0 is always worth it, for it is never a loss
+        if self._current == 0 and values[best] <= values[0] * (1 + _HYSTERESIS):
+            best = 0
         self._refresh = _REFRESH if values[best] > _LITTLE * values[0] else _REFRESH_LITTLE
         if best > 0:
-            self._current = best
-            return best
+            self._current, self._pace, self._most = best, values[best], room
+            return room
         if self._current > 0:
             paid = self._cycles_drafted >= _SOME_TIME
             self._current, self._cycles_drafted = 0, 0
@@ -134,8 +149,28 @@ class AdaptiveDepth:
         self.probing = self._budget > least and self._could_pay(room)
         return 0
 
-    def take(self, n: int, rates: Sequence[float]) -> int:
-        """How many of the drafts that lie ready to verify, instead of the `n` that `choose` has just said; 0 for none.
+    def more(self, best: Best) -> bool:
+        """The head drafted `best`, behind what it drafted before in this cycle: whether one more is to be drafted."""
+        self._leads.append(bisect.bisect(_LEADS, best.margin))
+        made = len(self._leads)
+        if made >= self._most:
+            return False
+        known = self._known()
+        stop = max(self._gain(known[:k]) for k in range(made + 1))
+        rest = [*known, *self._rates[made:]]
+        spent = self._draft(made)
+        return any(
+            self._gain(rest[:k]) - self._pace * (self._draft(k) - spent) > stop for k in range(made + 1, self._most + 1)
+        )
+
+    def worth(self, n: int) -> int:
+        """How many of the `n` drafts of the head to verify; 0 for a plain decode, beside which the first is counted."""
+        known = [] if self.probing else self._known()[:n]
+        self._worth = max(range(len(known) + 1), key=lambda k: self._gain(known[:k]))
+        return self._worth
+
+    def take(self, rates: Sequence[float]) -> int:
+        """How many of the drafts that lie ready to verify, instead of what `choose` has just said; 0 for none.
 
         Args:
             rates: for each of them the share of such drafts that are right, where all before it were.
@@ -145,6 +180,7 @@ class AdaptiveDepth:
         sizes = [k for k in _READY_SIZES if k <= len(rates)]
         values = [self._value(rates[:k]) for k in sizes]
         best = max(range(len(sizes)), key=values.__getitem__)
+        n = self._current
         if values[best] <= max(self._value(self._rates[:n], self._draft(n)), self._value(())):
             return 0
         self.probing, self._took = False, True
@@ -180,7 +216,8 @@ class AdaptiveDepth:
                 self._decodes = {1: self._decodes[1]}
                 self._drafts.clear()
                 self._enough = 1
-            self._budget += _PROBE_SHARE * seconds
+            self._since_right += 1
+            self._budget += (_PROBE_SHARE if self._since_right > _LATELY else _PROBE_SHARE_LATELY) * seconds
         else:
             self._singles = 0
             self._cycles += 1
@@ -194,12 +231,21 @@ class AdaptiveDepth:
         self._seen[position] += 1
         least = _PROBE_WEIGHT if self.probing else _WEIGHT
         weight = max(least, 1 / (self._seen[position] + _PRIOR_WEIGHT))
+        if position < len(self._leads):
+            lead, led = self._leads[position], self._led[position]
+            rate, n = led.get(lead, (self._rates[position], 1))
+            led[lead] = rate + max(_LEAD_WEIGHT, 1 / (n + 1)) * (right - rate), n + 1
         self._rates[position] += weight * (right - self._rates[position])
         if position == 0:
             self.misses = 0 if right else self.misses + 1
+            if right and self._worth > 0:
+                self._since_right = 0
         deeper = position + 1
-        if right and deeper < self.n_max and deeper >= self._current:
-            self._rates[deeper] += _LIFT * max(0.0, _DEEPER * self._rates[position] - self._rates[deeper])
+        if right and deeper < self.n_max and deeper >= self._worth:
+            believed, led = _DEEPER * self._rates[position], self._led[deeper]
+            self._rates[deeper] += _LIFT * max(0.0, believed - self._rates[deeper])
+            for lead, (rate, n) in led.items():
+                led[lead] = rate + _LIFT * max(0.0, believed - rate), n
         if self.probing:
             self.probing, self._promising = False, right
 
@@ -225,10 +271,19 @@ class AdaptiveDepth:
         """Tokens per second with drafts of such rates, which take so many seconds to make."""
         return _expected(rates) / (self._decode(len(rates) + 1) + seconds)
 
+    def _known(self) -> list[float]:
+        """For each draft of this cycle the share of those that are as sure which are right."""
+        return [led[lead][0] if lead in led else rate for rate, led, lead in zip(self._rates, self._led, self._leads)]
+
+    def _gain(self, rates: Sequence[float]) -> float:
+        """Tokens that a verify of drafts of such rates gives beyond what its time gives on average."""
+        return _expected(rates) - self._pace * self._decode(len(rates) + 1)
+
     def _could_pay(self, room: int) -> bool:
         """Whether any depth would, were every draft right."""
-        single = self._decode(1)
-        return any((k + 1) * single > self._decode(k + 1) + self._draft(k) for k in range(1, room + 1))
+        return any(
+            self._value((1.0,) * k, self._draft(k)) > self._value(()) * (1 + _HYSTERESIS) for k in range(1, room + 1)
+        )
 
     def _decode(self, n_rows: int) -> float:
         """Seconds of a decode: measured, or a little less than what the measured ones suggest, so that it is tried."""
@@ -275,16 +330,23 @@ class FixedDepth(AdaptiveDepth):
 
     def choose(self, room: int) -> int:
         self.probing = self._took = False
-        return max(0, min(room, self.n_max))
+        self._most = max(0, min(room, self.n_max))
+        return self._most
 
-    def take(self, n: int, rates: Sequence[float]) -> int:
+    def more(self, best: Best) -> bool:
+        return True
+
+    def worth(self, n: int) -> int:
+        return n
+
+    def take(self, rates: Sequence[float]) -> int:
         share, k = 1.0, 0
         for rate in rates:
             share *= rate
             if share < _READY_LEAST:
                 break
             k += 1
-        self._took = self._text and k > 0 and _expected(rates[:k]) >= _expected(self._rates[:n])
+        self._took = self._text and k > 0 and _expected(rates[:k]) >= _expected(self._rates[: self._most])
         return k if self._took else 0
 
 

@@ -10,6 +10,7 @@ import pytest
 from llama_cpp import Llama
 
 from ds4_mtp_plugin import MtpDraft, engine
+from ds4_mtp_plugin.engine import Best
 from ds4_mtp_plugin.host import session as session_module
 from ds4_mtp_plugin.host.wraps import session_of
 from ds4_mtp_plugin.speculation import AdaptiveDepth, FixedDepth
@@ -24,7 +25,8 @@ pytestmark = pytest.mark.skipif(GPU_LAYERS != 0, reason="a depth that the clock 
 
 
 class Scripted(AdaptiveDepth):
-    """Chooses what it is told to, in turn; "probe" for a draft that is not verified."""
+    """Chooses what it is told to, in turn; "probe" for a draft that is not verified, (n, end, k) for n drafts that end
+    behind the one numbered `end`, and of which k are verified."""
 
     def __init__(self, script: list[Any]) -> None:
         super().__init__(4)
@@ -35,7 +37,16 @@ class Scripted(AdaptiveDepth):
         said = self._script[self._turn % len(self._script)]
         self._turn += 1
         self.probing = said == "probe"
+        said, self._end, self._k = said if isinstance(said, tuple) else (said, None, None)
+        self.leads: list[float] = []
         return 0 if self.probing else min(said, room)
+
+    def more(self, best: Best) -> bool:
+        self.leads.append(best.margin)
+        return len(self.leads) != self._end
+
+    def worth(self, n: int) -> int:
+        return 0 if self.probing else n if self._k is None else min(n, self._k)
 
     def outcome(self, position: int, right: bool) -> None:
         self.outcomes.append((position, right))
@@ -62,7 +73,7 @@ def test_the_text_is_plain(llama: Make, plant: Plant, acceptance: float, samplin
     for draft in (None, MtpDraft(files.mtp), MtpDraft(files.mtp, num_pred_tokens=4, adaptive=True)):
         llm = llama(files.trunk, draft_model=draft, seed=3)
         if draft is not None and draft.num_pred_tokens == 4:
-            script(llm, 3, 0, "probe", 1, 4, "probe", 0, 2)
+            script(llm, 3, 0, "probe", 1, 4, (4, 2, 2), "probe", 0, (3, None, 1), (2, 2, 0), 2)
         texts.append(generate(llm, files.cycle[:30].tolist(), 200, **sampling))
         if draft is not None:
             assert sum(draft.stats.cycles_per_depth) > 0
@@ -87,6 +98,20 @@ def test_every_decode_is_timed_and_every_draft_answered_for(llama: Make, plant: 
     assert depth.times == (cycle * 3)[: len(depth.times)] and len(depth.times) >= len(cycle)
     answers = [(0, True), (0, True), (1, True), (0, True)]
     assert depth.outcomes == (answers * 4)[: len(depth.outcomes)] and len(depth.outcomes) >= len(answers)
+
+
+def test_a_draft_ends_where_the_next_is_not_worth_it_and_only_what_is_worth_it_is_verified(
+    llama: Make, plant: Plant
+) -> None:
+    files = plant(acceptance=1.0)
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=4, adaptive=True))
+    depth = script(llm, (4, 3, 2), (4, 1, 0))
+    generate(llm, files.cycle[:30].tolist(), 9, temp=0.0)
+    # Three are made and two verified; then one is made, which is not verified, yet answered for.
+    cycle = [("drafted", 3), ("decoded", 3), ("drafted", 1), ("decoded", 1)]
+    assert depth.times[:8] == cycle * 2
+    assert depth.outcomes[:6] == [(0, True), (1, True), (0, True)] * 2
+    assert len(depth.leads) in (1, 3) and all(0 < lead < 1000 for lead in depth.leads)
 
 
 def test_a_wrong_draft_is_answered_for_where_it_was_only_compared_too(llama: Make, plant: Plant) -> None:
@@ -144,10 +169,7 @@ def test_what_is_asked_for_is_what_is_done(llama: Make, plant: Plant, monkeypatc
 def test_a_head_that_is_never_right_is_named_once(llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_module, "_MISFIT", 20)
     files = plant(acceptance=0.0)
-    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=1, adaptive=True))
-    session = session_of(llm)
-    assert session is not None
-    monkeypatch.setattr(session._depth, "choose", lambda room: min(room, 1))
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=1, adaptive=False))
     with pytest.warns(RuntimeWarning, match=r"\.gguf.*: 20 first drafts in a row were wrong, so it gains nothing"):
         generate(llm, files.cycle[:30].tolist(), 30, temp=0.0)
     with warnings.catch_warnings():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...engine import Floats
-from .drafter import Drafter, Ready
+from .drafter import Drafter, More, Ready
 
 
 class ChainDrafter:
@@ -33,8 +33,8 @@ class ChainDrafter:
     def ready(self, seq_id: int, n_past: int, id_last: int, n_max: int) -> Ready:
         return self._text.ready(seq_id, n_past, id_last, n_max)
 
-    def draft(self, seq_id: int, n_past: int, id_last: int, n_max: int) -> list[int]:
-        return self._head.draft(seq_id, n_past, id_last, n_max)
+    def draft(self, seq_id: int, n_past: int, id_last: int, n_max: int, more: More | None = None) -> list[int]:
+        return self._head.draft(seq_id, n_past, id_last, n_max, more)
 
     def rollback(self, seq_id: int, n_past: int) -> None:
         self._text.rollback(seq_id, n_past)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-from ...engine import Floats
+from ...engine import Best, Floats
+
+More = Callable[[Best], bool]
 
 
 class Ready(NamedTuple):
@@ -60,11 +62,13 @@ class Drafter(Protocol):
     def ready(self, seq_id: int, n_past: int, id_last: int, n_max: int) -> Ready:
         """Up to `n_max` drafts that are there without a decode, and how likely each is; `NOTHING_READY` for none."""
 
-    def draft(self, seq_id: int, n_past: int, id_last: int, n_max: int) -> list[int]:
+    def draft(self, seq_id: int, n_past: int, id_last: int, n_max: int, more: More | None = None) -> list[int]:
         """Up to `n_max` tokens (at least 1 is asked for) that may follow `id_last`.
 
         Args:
             n_past: the position of `id_last`, which was sampled and is not committed yet. All tokens below it are.
+            more: told of each draft, it says whether one more is to be made; None for always. Who makes all of its
+                drafts at once need not ask.
 
         Raises:
             EngineError: it failed.

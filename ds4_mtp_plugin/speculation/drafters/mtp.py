@@ -18,7 +18,7 @@ import numpy as np
 
 from ...engine import HIDDEN_OUTPUTS, Batch, Context, EngineError, Floats
 from ..depth import Gate
-from .drafter import NOTHING_READY, Ready
+from .drafter import NOTHING_READY, More, Ready
 
 
 class _Sequence:
@@ -87,7 +87,7 @@ class MtpDrafter:
     def ready(self, seq_id: int, n_past: int, id_last: int, n_max: int) -> Ready:
         return NOTHING_READY
 
-    def draft(self, seq_id: int, n_past: int, id_last: int, n_max: int) -> list[int]:
+    def draft(self, seq_id: int, n_past: int, id_last: int, n_max: int, more: More | None = None) -> list[int]:
         if self._closed:
             raise EngineError("the drafter is closed")  # asking the engine would crash
         s = self._sequences.get(seq_id)
@@ -114,7 +114,7 @@ class MtpDrafter:
                 if not self._gate.passes(best):
                     return drafts
                 drafts.append(best.id)
-                if len(drafts) == n_max or self._context.is_eog(best.id):
+                if more is not None and not more(best) or len(drafts) == n_max or self._context.is_eog(best.id):
                     return drafts  # nothing follows the end of a text
                 self._context.hidden(-1, self._batch.embd[0])
                 tokens = drafts[-1:]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ...engine import EngineError, Floats
-from .drafter import NOTHING_READY, Ready
+from .drafter import NOTHING_READY, More, Ready
 
 # The shortest match that is looked for, and the length at which a match is as good as any.
 _SHORTEST, _LONGEST = 3, 32
@@ -133,7 +133,7 @@ class NgramDrafter:
         self._pending[seq_id] = n_past + 1, length, text
         return Ready(text, [self._rates[_BIN[min(length + i, _LONGEST)]] for i in range(n_max)])
 
-    def draft(self, seq_id: int, n_past: int, id_last: int, n_max: int) -> list[int]:
+    def draft(self, seq_id: int, n_past: int, id_last: int, n_max: int, more: More | None = None) -> list[int]:
         if self._closed:
             raise EngineError("the drafter is closed")
         return list(self.ready(seq_id, n_past, id_last, n_max).tokens)

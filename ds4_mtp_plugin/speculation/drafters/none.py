@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...engine import Floats
-from .drafter import NOTHING_READY, Ready
+from .drafter import NOTHING_READY, More, Ready
 
 
 class NoDrafter:
@@ -20,7 +20,7 @@ class NoDrafter:
     def ready(self, seq_id: int, n_past: int, id_last: int, n_max: int) -> Ready:
         return NOTHING_READY
 
-    def draft(self, seq_id: int, n_past: int, id_last: int, n_max: int) -> list[int]:
+    def draft(self, seq_id: int, n_past: int, id_last: int, n_max: int, more: More | None = None) -> list[int]:
         return []
 
     def rollback(self, seq_id: int, n_past: int) -> None:
