@@ -29,23 +29,27 @@ class Contender:
     llm: Llama | None = None
     error: str | None = None
     seconds: list[float] = dataclasses.field(default_factory=list)
+    first: list[float] = dataclasses.field(default_factory=list)
     text: list[int] = dataclasses.field(default_factory=list)
 
     def load(self, trunk: Path, **options: Any) -> None:
         self.llm = Llama(str(trunk), verbose=False, **{**options, **self.options()})
 
-    def run(self, prompt: Sequence[int], n: int) -> None:
-        """n greedy tokens behind the prompt: adds to `seconds` the time from the first to the last."""
+    def run(self, prompt: Sequence[int], n: int, temperature: float = 0.0) -> None:
+        """n tokens behind the prompt: adds the time to the first to `first`, and that from there to the last to
+        `seconds`."""
         assert self.llm is not None
         self.llm.reset()  # type: ignore[no-untyped-call, unused-ignore]
+        self.llm.set_seed(1)
         self.text = []
-        t0 = 0.0
-        for token in self.llm.generate(prompt, temp=0.0):
+        start = t0 = time.perf_counter()
+        for token in self.llm.generate(prompt, temp=temperature):
             if not self.text:
                 t0 = time.perf_counter()
             self.text.append(token)
             if len(self.text) == n:
                 break
+        self.first.append(t0 - start)
         self.seconds.append(time.perf_counter() - t0)
 
     def continues(self, prompt: Sequence[int], n: int) -> tuple[float, list[int]]:
@@ -90,9 +94,16 @@ class Contest:
     """Rounds of all contenders on one model and prompt; the first decodes plainly, and the others are held to it."""
 
     def __init__(
-        self, trunk: Path, field: Sequence[Contender], prompt: str | Sequence[int], n: int, **options: Any
+        self,
+        trunk: Path,
+        field: Sequence[Contender],
+        prompt: str | Sequence[int],
+        n: int,
+        *,
+        temperature: float = 0.0,
+        **options: Any,
     ) -> None:
-        self.field, self._n = list(field), n
+        self.field, self._n, self._temperature = list(field), n, temperature
         for each in self.field:
             each.load(trunk, **options)
         if isinstance(prompt, str):
@@ -108,7 +119,7 @@ class Contest:
         for each in order:
             if each.error is None:
                 try:
-                    each.run(self._prompt, self._n)
+                    each.run(self._prompt, self._n, self._temperature)
                 except RuntimeError as err:
                     each.error = f"{type(err).__name__}: {err}"
 
@@ -127,6 +138,7 @@ class Contest:
                 "least": ratios[0],
                 "greatest": ratios[-1],
                 "same_text": each.text == plain.text,
+                "first_token": statistics.median(f / p for p, f in zip(plain.first, each.first)),
             }
             table[each.name] |= each.stats()
         return table
@@ -137,14 +149,17 @@ class Contest:
 
 
 def render(title: str, table: dict[str, dict[str, Any]]) -> str:
-    lines = [title, f"  {'':14} {'tok/s':>8} {'ratio':>6} {'(least, greatest)':>18} {'text':>6}  accepted, cycle"]
+    lines = [
+        title,
+        f"  {'':14} {'tok/s':>8} {'ratio':>6} {'(least, greatest)':>18} {'text':>6} {'first':>5}  accepted, cycle",
+    ]
     for name, row in table.items():
         if "ratio" not in row:
             lines.append(f"  {name:14} did not survive: {row['did not survive']}")
             continue
         spread = f"({row['least']:.2f}, {row['greatest']:.2f})"
         line = f"  {name:14} {row['tokens_per_s']:8.1f} {row['ratio']:6.2f} {spread:>18}"
-        line += f" {'same' if row['same_text'] else 'OTHER':>6}"
+        line += f" {'same' if row['same_text'] else 'OTHER':>6} {row['first_token']:5.2f}"
         if "accepted" in row:
             line += f"  {row['accepted']} {row['tokens_per_cycle']:.2f} tokens"
         if "verify_ms" in row:

@@ -62,8 +62,11 @@ class ServerContender(Contender):
                 raise RuntimeError(f"llama-server ended with status {self._process.returncode}: {end}")
             time.sleep(0.1)
 
-    def run(self, prompt: Sequence[int], n: int) -> None:
+    def run(self, prompt: Sequence[int], n: int, temperature: float = 0.0) -> None:
+        if temperature:
+            raise RuntimeError("its samplers are its own")
         self._ask(prompt, n, cache=False)
+        self.first.append(self._timings["prompt_ms"] / 1000)
         self.seconds.append(self._timings["predicted_ms"] / 1000)
 
     def continues(self, prompt: Sequence[int], n: int) -> tuple[float, list[int]]:

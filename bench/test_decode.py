@@ -14,10 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bench.contest import Contender, Contest, contenders, render
 from bench.server import BINARY, ServerContender
+from ds4_mtp_plugin import MtpDraft, NgramDraft
 from ds4_mtp_plugin.cli.demo import BASE, HEAD
 from tests.fixtures.planted import BENCH, planted
 
@@ -79,6 +81,7 @@ def measure(benchmark: Any, table: Callable[[str], None], title: str, contest: C
         contest.round()  # warm-up: weights into memory, graphs built
         for each in contest.field:
             each.seconds.clear()
+            each.first.clear()
         benchmark.pedantic(contest.round, rounds=ROUNDS)
         results = contest.results()
     finally:
@@ -89,7 +92,7 @@ def measure(benchmark: Any, table: Callable[[str], None], title: str, contest: C
     assert all(row.get("same_text", True) for name, row in results.items() if name.startswith(ours))
 
 
-@pytest.mark.parametrize("acceptance", [0.8, 0.0])
+@pytest.mark.parametrize("acceptance", [0.9, 0.8, 0.5, 0.0])
 def test_planted_half_a_gigabyte(
     benchmark: Any, table: Callable[[str], None], directory: Path, acceptance: float
 ) -> None:
@@ -103,3 +106,41 @@ def test_planted_half_a_gigabyte(
 def test_mini(benchmark: Any, table: Callable[[str], None], directory: Path, name: str) -> None:
     contest = Contest(BASE, field(HEAD, directory), PROMPTS[name], 256, n_ctx=1536, **THREADS)
     measure(benchmark, table, f"ds4-mini, {name}, 256 tokens", contest)
+
+
+@pytest.mark.parametrize("name", ["code", "prose"])
+def test_mini_at_a_temperature(benchmark: Any, table: Callable[[str], None], directory: Path, name: str) -> None:
+    contest = Contest(BASE, contenders(HEAD), PROMPTS[name], 256, temperature=0.8, n_ctx=1536, **THREADS)
+    measure(benchmark, table, f"ds4-mini, {name}, temperature 0.8, 256 tokens", contest)
+
+
+@pytest.mark.parametrize("n", [16, 1000, 8000])
+def test_first_token(benchmark: Any, table: Callable[[str], None], n: int) -> None:
+    """Behind prompts without a beginning in common: what of a draft costs a prompt."""
+    field = [each for each in contenders(HEAD) if each.name in ("plain", "automatic", "n-grams alone")]
+    prompt = np.random.default_rng(n).integers(300, 2000, n).tolist()
+    contest = Contest(BASE, field, prompt, 2, n_ctx=n + 16, **THREADS)
+    measure(benchmark, table, f"ds4-mini, the first token behind {n} ('first': its time, to plain's)", contest)
+
+
+def test_drafting_nothing(benchmark: Any, table: Callable[[str], None], directory: Path) -> None:
+    """A head that is never right, over 1,000 tokens, and a draft that is there and not used."""
+    files = planted(directory, config=BENCH, acceptance=0.0, quant="Q8_0")
+    field = [
+        Contender("plain", dict),
+        Contender("automatic", lambda: {"draft_model": MtpDraft(files.mtp)}),
+        Contender("no drafts", lambda: {"draft_model": MtpDraft(files.mtp, num_pred_tokens=0)}),
+        TakenOff("taken off", lambda: {"draft_model": MtpDraft(files.mtp)}),
+        Contender("n-grams alone", lambda: {"draft_model": NgramDraft()}),
+    ]
+    contest = Contest(files.trunk, field, files.cycle[:64].tolist(), 1000, n_ctx=1536, **THREADS)
+    measure(benchmark, table, "planted, 500 MB of Q8_0, nothing to draft, 1000 tokens", contest)
+
+
+class TakenOff(Contender):
+    """The app takes its draft off the Llama."""
+
+    def load(self, trunk: Path, **options: Any) -> None:
+        super().load(trunk, **options)
+        assert self.llm is not None
+        self.llm.draft_model = None
