@@ -72,9 +72,9 @@ class Draft(LlamaDraftModel):  # type: ignore[misc, unused-ignore]
         # A number of drafts means that many, unless the app says otherwise.
         by_itself = self.adaptive and self.num_pred_tokens == self._MOST
         defaults.update(num_pred_tokens=self._MOST if by_itself else None, adaptive=by_itself)
-        path = [repr(values.pop("model_path"))] if "model_path" in values else []
-        given = (f"{name}={value!r}" for name, value in values.items() if value != defaults[name])
-        return f"{type(self).__name__}({', '.join([*path, *given])})"
+        path = [repr(given)] if (given := values.pop("model_path", None)) is not None else []
+        others = (f"{name}={value!r}" for name, value in values.items() if value != defaults[name])
+        return f"{type(self).__name__}({', '.join([*path, *others])})"
 
     @property
     def stats(self) -> MtpStats:
@@ -91,7 +91,7 @@ class Draft(LlamaDraftModel):  # type: ignore[misc, unused-ignore]
 
 
 class MtpDraft(Draft):
-    """Speculative decoding of a DeepSeek-V4 model with its MTP (NextN) head.
+    """Speculative decoding of a model with its MTP (NextN) head: DeepSeek-V4, Qwen3.5 and 3.6, GLM and others.
 
     Pass it as ``draft_model`` to ``llama_cpp.Llama`` and use that as before: its text is what it would be without,
     because every token is sampled by the host's own sampler from the target's own logits; the head only proposes what
@@ -103,6 +103,7 @@ class MtpDraft(Draft):
         >>> llm = Llama("DeepSeek-V4-Flash.gguf", n_ctx=32768, draft_model=MtpDraft("DeepSeek-V4-Flash-MTP.gguf"))
         >>> print(llm("Once upon a time")["choices"][0]["text"])
         >>> print(llm.draft_model.stats)
+        >>> llm = Llama("Qwen3.6-27B.gguf", draft_model=MtpDraft())  # the head is in the model's own file
     """
 
     _OPTIONS = (
@@ -113,7 +114,7 @@ class MtpDraft(Draft):
 
     def __init__(
         self,
-        model_path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
+        model_path: str | bytes | os.PathLike[str] | os.PathLike[bytes] | None = None,
         *,
         num_pred_tokens: int | None = None,
         adaptive: bool | None = None,
@@ -129,7 +130,9 @@ class MtpDraft(Draft):
     ) -> None:
         """
         Args:
-            model_path: an MTP GGUF of the target model (``nextn_predict_layers`` 1, no trunk). "~" is the user's home.
+            model_path: an MTP GGUF of the target model (``nextn_predict_layers`` 1, no trunk), "~" is the user's home;
+                None for the MTP block in the target's own file. Of DeepSeek-V4 the head has a file of its own, of all
+                other families it is mostly in the model's.
             num_pred_tokens: the number of tokens drafted per cycle; 0 drafts none. Lowered where the target's
                 micro-batch or the context has no room for as many, and to 16. None leaves it to `adaptive`.
             adaptive: whether each cycle's number of drafts, 0 to `num_pred_tokens` (3 where that is None), is the one
@@ -150,7 +153,8 @@ class MtpDraft(Draft):
                 one before, and then differs, is evaluated from the last one in common, with the same result. 0 for
                 none. They are kept for models on the CPU, where `n_batch` is a multiple of 256, without logits_all and
                 swa_full=False.
-            n_gpu_layers: layers of the head on the GPU, -1 all; None as the target's.
+            n_gpu_layers: layers of the head on the GPU, -1 all; None as the target's, which holds for a head in its
+                file.
             n_threads: threads for single-row decodes of the head; 1 to 512, None as the target's.
             n_threads_batch: threads for decodes of more rows, likewise.
             report: print one line of statistics to stderr when the Llama is closed.
@@ -162,11 +166,16 @@ class MtpDraft(Draft):
             ValueError: an option is out of range, or the file's header is not that of an MTP GGUF. (Whether it belongs
                 to a model is checked when a Llama takes the draft, before that loads anything.)
         """
-        path = options.path(model_path)
-        if not path.is_file():
+        path = None if model_path is None else options.path(model_path)
+        if path is not None and not path.is_file():
             found = "it is a directory" if path.is_dir() else "no such file"
             raise FileNotFoundError(f"MtpDraft: {path}: {found}; expected an MTP GGUF file")
-        self.model_path = str(path)
+        if path is None and n_gpu_layers is not None:
+            raise ValueError(
+                f"MtpDraft: n_gpu_layers is {n_gpu_layers!r}, but without a path the head lies where the model does; "
+                "expected None"
+            )
+        self.model_path = None if path is None else str(path)
         super().__init__(num_pred_tokens, adaptive, exact, checkpoints_mb, report)
         self.ngram = None if ngram is None else options.flag("MtpDraft", "ngram", ngram)
         self.p_min = options.real("MtpDraft", "p_min", p_min, "a probability, 0 to 1", most=1)
@@ -178,7 +187,8 @@ class MtpDraft(Draft):
             None if value is None else options.integer("MtpDraft", name, value, 1, _MAX_THREADS)
             for name, value in (("n_threads", n_threads), ("n_threads_batch", n_threads_batch))
         )
-        check_head(path)
+        if path is not None:
+            check_head(path)
 
 
 class NgramDraft(Draft):

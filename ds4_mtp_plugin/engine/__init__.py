@@ -14,7 +14,7 @@ from .context import (
     Model,
     NoSuchRow,
 )
-from .library import ABI, LIBRARY_DIR, ROLLBACK_ANY, ROLLBACK_RECENT, ROLLBACK_SAVED, Library, ffi
+from .library import ABI, LIBRARY_DIR, ROLLBACK_ANY, ROLLBACK_COPIES, ROLLBACK_RECENT, ROLLBACK_SAVED, Library, ffi
 
 __all__ = [
     "ABI",
@@ -23,6 +23,7 @@ __all__ = [
     "HIDDEN_OUTPUTS",
     "LIBRARY_DIR",
     "ROLLBACK_ANY",
+    "ROLLBACK_COPIES",
     "ROLLBACK_RECENT",
     "ROLLBACK_SAVED",
     "Batch",

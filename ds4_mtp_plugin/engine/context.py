@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from .library import ROLLBACK_ANY, ROLLBACK_RECENT, Library, ffi
+from .library import ROLLBACK_ANY, ROLLBACK_COPIES, ROLLBACK_RECENT, Library, ffi
 
 # enum ds4_mtp_hidden
 HIDDEN_OFF, HIDDEN_OUTPUTS, HIDDEN_ALL = 0, 1, 2
@@ -64,7 +64,7 @@ class Best:
 
 
 class Model:
-    """A model file loaded by us (the host's models stay the host's)."""
+    """A model, loaded by us or (`borrowed`) the host's."""
 
     def __init__(
         self, library: Library, path: str, *, like: bytes | None = None, load_mtp: bool = False, **params: Any
@@ -90,16 +90,25 @@ class Model:
         for name, value in params.items():
             setattr(p, name, value)
         self._library = library
+        self._owned = True
         self.path = path
         self._ptr: Any = library.lib.llama_model_load_from_file(os.fsencode(path), p)
         if self._ptr == ffi.NULL:
             raise EngineError(f"the engine could not load the model {path} (its log on stderr says why)")
 
+    @classmethod
+    def borrowed(cls, library: Library, ptr: Any, path: str) -> Model:
+        """The host's model at the address `ptr`, loaded from `path`; it must outlive this object."""
+        model = cls.__new__(cls)
+        model._library, model._owned, model.path = library, False, path
+        model._ptr = ffi.cast("struct llama_model *", ptr)
+        return model
+
     def close(self) -> None:
-        """Free the model; its contexts must be closed before. Safe to call again."""
-        if self._ptr is not None:
+        """Free the model if it is ours; its contexts must be closed before. Safe to call again."""
+        if self._owned and self._ptr is not None:
             self._library.lib.llama_model_free(self._ptr)
-            self._ptr = None
+        self._ptr = None
 
     def new_context(self, *, like: bytes | None = None, mtp: bool = False, **params: Any) -> Context:
         """A new context of this model.
@@ -155,7 +164,11 @@ class Context:
         self.n_embd_out = int(self._lib.llama_model_n_embd_out(model))
         self.n_layer_nextn = int(self._lib.llama_model_n_layer_nextn(model))
         self.window = int(self._lib.ds4_mtp_window(model))
-        most = {ROLLBACK_RECENT: self.n_rs_seq, ROLLBACK_ANY: self.n_ubatch}
+        most = {
+            ROLLBACK_RECENT: self.n_rs_seq,
+            ROLLBACK_COPIES: self.n_rs_seq,
+            ROLLBACK_ANY: self.n_ubatch,
+        }
         self.n_rollback = most.get(library.rollback(model), 0)
         self._best = ffi.new("struct ds4_mtp_best *")
         self._picker: Any = None

@@ -10,7 +10,7 @@ import typing as _t
 import cffi as _cffi
 
 # Must equal DS4_MTP_ABI of patches/src/ds4-mtp.h.
-ABI = 4
+ABI = 5
 
 
 def _library_dir() -> _pathlib.Path:
@@ -28,7 +28,7 @@ ffi: _t.Any = _cffi.FFI()
 ffi.cdef(_resources.files(__package__).joinpath("cdef.txt").read_text(encoding="utf-8"))
 
 # enum ds4_mtp_rollback
-ROLLBACK_RECENT, ROLLBACK_ANY, ROLLBACK_SAVED = 1, 2, 3
+ROLLBACK_RECENT, ROLLBACK_ANY, ROLLBACK_SAVED, ROLLBACK_COPIES = 1, 2, 3, 4
 
 # enum ds4_mtp_struct: every struct that crosses the interface by value.
 _BY_VALUE = ("struct llama_model_params", "struct llama_context_params", "llama_batch")

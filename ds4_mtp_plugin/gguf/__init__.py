@@ -13,6 +13,7 @@ from .heads import (
     Model,
     check_base,
     check_head,
+    check_inside,
     check_pair,
     read_model,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "Overrides",
     "check_base",
     "check_head",
+    "check_inside",
     "check_pair",
     "read_header",
     "read_model",

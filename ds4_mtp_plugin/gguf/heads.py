@@ -1,6 +1,6 @@
 """Which head a GGUF file holds, whether this package can draft with it, and for which model.
 
-What is true of one family of models only is in a module of its own, listed in `_FAMILIES`.
+What is true of one family of models only is in `deepseek4` and `families`, listed in `_FAMILIES`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from typing import Protocol
 
 from . import deepseek4
+from .families import FAMILIES, WITHOUT_GRAPH
 from .header import Header, Overrides, PathLike, Value, read_header, shown
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Model",
     "check_base",
     "check_head",
+    "check_inside",
     "check_pair",
     "read_model",
 ]
@@ -75,22 +77,29 @@ class Model:
 
 
 class _Family(Protocol):
-    """The rules of one family; a module.
+    """The rules of one family.
 
     The checks raise a ValueError where the engine could not run the file. Its message names the file, what was found
     and what was expected.
     """
 
-    NAME: str
-    # Keys, without the architecture's prefix, that may differ between a model and its head.
-    MAY_DIFFER: tuple[str, ...]
+    @property
+    def NAME(self) -> str: ...  # noqa: N802
+
+    @property
+    def INSIDE(self) -> bool:  # noqa: N802
+        """Whether a head in the model's own file can be used."""
+
+    @property
+    def MAY_DIFFER(self) -> tuple[str, ...]:  # noqa: N802
+        """Keys, without the architecture's prefix, that may differ between a model and a head's own file."""
 
     def check_head(self, header: Header, head: Model) -> None: ...
 
     def check_base(self, header: Header, base: Model) -> None: ...
 
 
-_FAMILIES: dict[str, _Family] = {"deepseek4": deepseek4}
+_FAMILIES: dict[str, _Family] = {"deepseek4": deepseek4, **FAMILIES}
 
 
 def read_model(path: PathLike, overrides: Overrides | None = None) -> Model:
@@ -120,6 +129,33 @@ def check_base(path: PathLike, overrides: Overrides | None = None) -> Model:
         ValueError: it is not; the message says what was found and expected.
     """
     return _base(read_header(path).overridden(overrides))
+
+
+def check_inside(path: PathLike, overrides: Overrides | None = None) -> Model:
+    """Whether `path` is a model with an MTP head in its own file that the engine, told `overrides`, can draft with.
+
+    Raises:
+        FileNotFoundError, PermissionError: as `read_header`.
+        ValueError: it is not; the message says what was found and what to do.
+    """
+    header = read_header(path).overridden(overrides)
+    base = _base(header)
+    if base.kind == TRUNK:
+        declared = header.metadata.get(f"{base.architecture}.nextn_predict_layers", 0)
+        raise ValueError(
+            f"{path} has no MTP block in it"
+            + (f", though nextn_predict_layers is {shown(declared)}" if declared else "")
+            + f". Take a GGUF that has one ('{_CONVERT.removesuffix(' --mtp')}' keeps it), or the head's own file: "
+            "MtpDraft('...-MTP.gguf')"
+        )
+    family = _family(base, "")
+    if not family.INSIDE:
+        raise ValueError(
+            f"{path} is {TRUNK_AND_HEAD}: both would share one output mixing (output_hc_*), and drafts would be poor; "
+            f"expected the head in a file of its own, as '{_CONVERT}' writes it: MtpDraft('...-MTP.gguf')"
+        )
+    _check_block(header, base, family)
+    return base
 
 
 def check_pair(base_path: PathLike, head_path: PathLike, overrides: Overrides | None = None) -> tuple[Model, Model]:
@@ -219,14 +255,25 @@ def _head(header: Header) -> Model:
             f"{path} is {DS4_HEAD} (tensors 'mtp.0.*'), which llama.cpp does not read; {expected} from the checkpoint"
         )
     if head.kind == TRUNK_AND_HEAD:
+        family = _FAMILIES.get(head.architecture)
         raise ValueError(
-            f"{path} is {TRUNK_AND_HEAD}: both would share one output mixing (output_hc_*), and drafts would be poor; "
-            f"{expected}"
+            f"{path} is {TRUNK_AND_HEAD}: "
+            + (
+                "give it to the Llama, and the draft no path: MtpDraft()"
+                if family is not None and family.INSIDE
+                else f"both would share one output mixing (output_hc_*), and drafts would be poor; {expected}"
+            )
         )
     if head.kind != HEAD:
         of = f" of architecture {shown(head.architecture)!r}" if head.architecture else ""
         raise ValueError(f"{path} has no MTP (NextN) block: it is {head.kind}{of}; {expected}")
-    family = _family(head, "an MTP head")
+    _check_block(header, head, _family(head, "an MTP head"))
+    return head
+
+
+def _check_block(header: Header, head: Model, family: _Family) -> None:
+    """Whether the engine can run the MTP block that is in the file."""
+    path = header.path
     n_nextn = header.metadata.get(f"{head.architecture}.nextn_predict_layers", 0)
     if head.n_nextn != 1 or n_nextn != 1:
         raise ValueError(
@@ -236,6 +283,8 @@ def _head(header: Header) -> Model:
     family.check_head(header, head)
     for name, shape in header.tensors.items():
         kind = header.types[name]
+        if head.kind == TRUNK_AND_HEAD and not name.startswith(f"blk.{head.n_layer}."):
+            continue  # what the engine makes of the trunk it makes of it without a draft too
         if len(shape) < 2 and kind != "F32":
             raise ValueError(f"{path}: {shown(name)} is of type {kind}; expected F32: the engine aborts on any other")
         if kind in _NO_WEIGHTS:
@@ -243,7 +292,6 @@ def _head(header: Header) -> Model:
                 f"{path}: {shown(name)} is of type {kind}, which the engine cannot multiply with; expected a type that "
                 "models are stored in, such as F16 or Q4_K"
             )
-    return head
 
 
 def _base(header: Header) -> Model:
@@ -264,9 +312,10 @@ def _family(model: Model, what: str) -> _Family:
     family = _FAMILIES.get(model.architecture)
     if family is None:
         known = " or ".join(f"{name!r} ({each.NAME})" for name, each in _FAMILIES.items())
+        why = WITHOUT_GRAPH.get(model.architecture, "this package drives no other head")
         raise ValueError(
             f"{model.path} is {f'{what} ' if what else ''}of architecture {shown(model.architecture)!r}; expected "
-            f"{known}: this package drafts for no other"
+            f"{known}: {why}. NgramDraft() drafts from the text of any model"
         )
     return family
 

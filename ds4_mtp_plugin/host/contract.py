@@ -36,6 +36,7 @@ class ModelParams(Protocol):
     """``llama_model_params``, likewise."""
 
     n_gpu_layers: int
+    load_mtp: bool
     kv_overrides: Any  # a ctypes pointer
 
 

@@ -17,8 +17,16 @@ from typing import Any
 import llama_cpp
 
 from ..draft import MAX_PRED_TOKENS, Draft, MtpDraft, gate, in_use
-from ..engine import ROLLBACK_RECENT, ROLLBACK_SAVED, Context, EngineError, Model, ffi
-from ..gguf import check_pair, read_header
+from ..engine import (
+    ROLLBACK_COPIES,
+    ROLLBACK_RECENT,
+    ROLLBACK_SAVED,
+    Context,
+    EngineError,
+    Model,
+    ffi,
+)
+from ..gguf import check_inside, check_pair, read_header
 from ..settings import current as settings
 from ..speculation import AdaptiveDepth, ChainDrafter, CommonSpeculative, Drafter, MtpDrafter, NgramDrafter, NoDrafter
 from .checkpoints import Checkpoints
@@ -26,7 +34,7 @@ from .contract import ContextParams, Llama
 from .library import current as library
 from .session import SINGLE_ROWS, Session
 
-__all__ = ["Admission", "admit", "depth_in_scope", "refuse_embeddings"]
+__all__ = ["Admission", "admit", "depth_in_scope", "head_in_scope", "refuse_embeddings"]
 
 _CAUSAL = (llama_cpp.LLAMA_ATTENTION_TYPE_UNSPECIFIED, llama_cpp.LLAMA_ATTENTION_TYPE_CAUSAL)
 
@@ -40,6 +48,12 @@ GPU_BLOCK = 256
 
 # Architectures whose rows were compared on a GPU, alone and in a verify.
 _GPU_TESTED = ("deepseek4",)
+
+# Rows that a draft looks back on where the head attends over everything. What a head makes of more was not measured.
+_LOOKS_BACK = 1024
+
+# Drafts from the text where each costs a copy of the running states in every decode.
+_OF_TEXT_BY_COPIES = 3
 
 # Of the Llama that is being constructed, for the contexts that its constructor creates.
 _scope: ContextVar[Draft | None] = ContextVar("draft", default=None)
@@ -125,7 +139,11 @@ def admit(arguments: Mapping[str, Any]) -> Admission | None:
         if in_use(draft):
             raise ValueError(f"{name}: this draft is in use by another Llama; give each Llama one of its own")
         if isinstance(draft, MtpDraft):
-            check_pair(model_path, draft.model_path, arguments.get("kv_overrides") or {})
+            overrides = arguments.get("kv_overrides") or {}
+            if draft.model_path is None:
+                check_inside(model_path, overrides)
+            else:
+                check_pair(model_path, draft.model_path, overrides)
         else:
             on_gpu = _on_gpu(arguments.get("n_gpu_layers", 0))
             tested = _rows_tested(model_path, flash=bool(arguments.get("flash_attn")), on_gpu=on_gpu)
@@ -147,10 +165,17 @@ def depth_in_scope(model: int | None, params: ContextParams) -> int | None:
     None where no Llama with a draft creates it, or where nothing has to be done for that.
     """
     draft = _scope.get()
-    if draft is None or model is None or library().rollback(model) != ROLLBACK_RECENT:
+    if draft is None or model is None or (kind := library().rollback(model)) not in (ROLLBACK_RECENT, ROLLBACK_COPIES):
         return None
-    # Checkpoints need one, to cut memory where they are loaded.
-    return max(*_depths(draft, params), int(draft.checkpoints_mb > 0 and params.n_ubatch > 1))
+    # Checkpoints of DeepSeek-V4 need one, to cut memory where they are loaded.
+    least = int(kind == ROLLBACK_RECENT and draft.checkpoints_mb > 0 and params.n_ubatch > 1)
+    return max(*_depths(draft, params, kind), least)
+
+
+def head_in_scope() -> bool:
+    """Whether the model that is loaded now needs the MTP block that is in its file."""
+    draft = _scope.get()
+    return isinstance(draft, MtpDraft) and draft.model_path is None
 
 
 def refuse_embeddings(model: int | None) -> str | None:
@@ -218,17 +243,18 @@ def _why_not_exact(n_gpu_layers: int, n_rows: int, caches: AbstractSet[int], *, 
     return None
 
 
-def _depths(draft: Draft, params: ContextParams) -> tuple[int, int]:
-    """Drafts per cycle by the head, and from the text.
+def _depths(draft: Draft, params: ContextParams, rollback: int) -> tuple[int, int]:
+    """Drafts per cycle by the head, and from the text, of a model that takes rows back by `rollback`.
 
     A verify takes one row more, and has to fit a micro-batch for its rows to be rolled back.
     """
     room = max(0, min(int(params.n_batch), int(params.n_ubatch)) - 1)
     most = min(draft.num_pred_tokens, MAX_PRED_TOKENS, room)
+    of_text = min(room, _OF_TEXT_BY_COPIES if rollback == ROLLBACK_COPIES else MAX_PRED_TOKENS)
     if not isinstance(draft, MtpDraft):
-        return 0, most
+        return 0, min(most, of_text)
     ngram = draft.adaptive if draft.ngram is None else draft.ngram
-    return most, min(MAX_PRED_TOKENS, room) if ngram else 0
+    return most, of_text if ngram else 0
 
 
 def _open(llama: Llama, draft: Draft, *, tested: bool) -> Session | None:
@@ -238,7 +264,8 @@ def _open(llama: Llama, draft: Draft, *, tested: bool) -> Session | None:
         ValueError: the files do not fit together.
         _NoSpeculation: the engine cannot draft, most likely for want of memory.
     """
-    of_head, of_text = (0, 0) if _recurrent(llama) else _depths(draft, llama.context_params)
+    kind = library().rollback(llama._model.model)
+    of_head, of_text = (0, 0) if kind == ROLLBACK_SAVED else _depths(draft, llama.context_params, kind)
     checkpoints = _checkpoints(llama, draft)
     if of_head == of_text == 0 and checkpoints is None:
         return None
@@ -248,7 +275,7 @@ def _open(llama: Llama, draft: Draft, *, tested: bool) -> Session | None:
     if target.n_rollback < max(of_head, of_text):
         raise _NoSpeculation(
             "the engine could not create a context that can roll back (its log on stderr says why)"
-            if library().rollback(llama._model.model) == ROLLBACK_RECENT
+            if kind in (ROLLBACK_RECENT, ROLLBACK_COPIES)
             else "a row of this model sees those behind it"
         )
     n_gpu_layers, params = llama.model_params.n_gpu_layers, llama.context_params
@@ -298,7 +325,7 @@ def _checkpoints(llama: Llama, draft: Draft) -> Checkpoints | None:
     which turns otherwise then. And the host must want no row of logits of what is not evaluated.
     """
     kind = library().rollback(llama._model.model)
-    if kind not in (ROLLBACK_RECENT, ROLLBACK_SAVED) or _on_gpu(llama.model_params.n_gpu_layers):
+    if kind not in (ROLLBACK_RECENT, ROLLBACK_SAVED, ROLLBACK_COPIES) or _on_gpu(llama.model_params.n_gpu_layers):
         return None
     params = llama.context_params
     if draft.checkpoints_mb == 0 or not params.swa_full or params.n_batch % 256 != 0 or llama._logits_all:
@@ -330,30 +357,21 @@ def _open_head(llama: Llama, draft: MtpDraft, target: Context, on_error: ExitSta
         EngineError: the engine could not load the head, or create its context.
         ValueError: the head is of another shape than the target.
     """
-    placed = {} if draft.n_gpu_layers is None else {"n_gpu_layers": _n_gpu_layers(draft.n_gpu_layers)}
-    # The Llama's overrides of metadata are the head's too: what it is told of its trunk's shape.
-    overrides = ctypes.cast(llama.model_params.kv_overrides, ctypes.c_void_p).value or 0
-    model = Model(
-        library(),
-        draft.model_path,
-        like=_bytes(llama.model_params),
-        load_mtp=True,
-        kv_overrides=ffi.cast("struct llama_model_kv_override *", overrides),
-        **placed,
-    )
+    model = _model_of_head(llama, draft)
     resources = ExitStack()
     on_error.callback(resources.close)
     resources.callback(model.close)
     if alone:
         library().ask_rows_alone(True)
         resources.callback(library().ask_rows_alone, False)
+    window = target.window or _LOOKS_BACK
     # A window of rows per decode, and room for three windows, whatever the target's context length is.
     context = model.new_context(
         like=_bytes(llama.context_params),
         mtp=True,
-        n_ctx=3 * target.window,
-        n_batch=target.window,
-        n_ubatch=target.window,
+        n_ctx=3 * window,
+        n_batch=window,
+        n_ubatch=window,
         n_seq_max=1,
         n_rs_seq=0,
         n_outputs_max=1,
@@ -366,13 +384,34 @@ def _open_head(llama: Llama, draft: MtpDraft, target: Context, on_error: ExitSta
     on_error.callback(context.close)
     if (context.n_embd_out, context.n_vocab) != (target.n_embd_out, target.n_vocab):
         raise ValueError(
-            f"{draft.model_path} does not belong to {llama.model_path} as the engine loaded it; take the "
-            "MTP GGUF that was converted from the same checkpoint"
+            f"{draft.model_path or 'its MTP block'} does not belong to {llama.model_path} as the engine loaded it; "
+            "take the MTP GGUF that was converted from the same checkpoint"
         )
     chosen = gate(draft)
-    if chosen.open and _on_gpu(placed.get("n_gpu_layers", llama.model_params.n_gpu_layers)):
+    n_gpu_layers = llama.model_params.n_gpu_layers if draft.n_gpu_layers is None else draft.n_gpu_layers
+    if chosen.open and _on_gpu(n_gpu_layers):
         context.pick_in_graph()
-    return MtpDrafter(context, gate=chosen, on_close=resources.close)
+    return MtpDrafter(context, window=window, gate=chosen, on_close=resources.close)
+
+
+def _model_of_head(llama: Llama, draft: MtpDraft) -> Model:
+    """
+    Raises:
+        EngineError: the engine could not load it.
+    """
+    if draft.model_path is None:
+        return Model.borrowed(library(), llama._model.model, llama.model_path)
+    placed = {} if draft.n_gpu_layers is None else {"n_gpu_layers": _n_gpu_layers(draft.n_gpu_layers)}
+    # The Llama's overrides of metadata are the head's too: what it is told of its trunk's shape.
+    overrides = ctypes.cast(llama.model_params.kv_overrides, ctypes.c_void_p).value or 0
+    return Model(
+        library(),
+        draft.model_path,
+        like=_bytes(llama.model_params),
+        load_mtp=True,
+        kv_overrides=ffi.cast("struct llama_model_kv_override *", overrides),
+        **placed,
+    )
 
 
 def _on_gpu(n_gpu_layers: int) -> bool:

@@ -21,7 +21,7 @@ from llama_cpp.llama_cpp import llama_memory_seq_pos_max
 from ..draft import Draft
 from . import library
 from .contract import Context, Llama, Model
-from .opening import admit, depth_in_scope, refuse_embeddings
+from .opening import admit, depth_in_scope, head_in_scope, refuse_embeddings
 from .session import Session
 
 __all__ = ["apply", "session_of", "undo"]
@@ -175,7 +175,13 @@ class DraftModel:
         _fields(llama)["draft_model"] = value
 
 
-# -- LlamaContext, LlamaSampler --
+# -- LlamaModel, LlamaContext, LlamaSampler --
+
+
+def model_init(host: _Host, model: Model, *, path_model: str, params: Any, verbose: bool = True) -> None:
+    if head_in_scope():
+        params.load_mtp = True
+    host(model, path_model=path_model, params=params, verbose=verbose)
 
 
 def context_init(host: _Host, context: Context, *, model: Model, params: Any, verbose: bool = True) -> None:
@@ -278,7 +284,7 @@ class _Wrap(NamedTuple):
     ours: _Host
 
 
-_Context, _Sampler = _internals.LlamaContext, _internals.LlamaSampler
+_Model, _Context, _Sampler = _internals.LlamaModel, _internals.LlamaContext, _internals.LlamaSampler
 
 _TABLE = (
     _Wrap(llama_cpp.Llama, "__init__", init),
@@ -290,6 +296,7 @@ _TABLE = (
     _Wrap(llama_cpp.Llama, "reset", reset),
     _Wrap(llama_cpp.Llama, "save_state", save_state),
     _Wrap(llama_cpp.Llama, "load_state", load_state),
+    _Wrap(_Model, "__init__", model_init),
     _Wrap(_Context, "__init__", context_init),
     _Wrap(_Context, "decode", decode),
     _Wrap(_Context, "encode", settled),

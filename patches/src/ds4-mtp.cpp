@@ -94,7 +94,8 @@ int32_t ds4_mtp_decode(llama_context * ctx, llama_batch batch) {
 
 bool ds4_mtp_set_hidden(llama_context * ctx, int32_t mode) {
     switch (mode) {
-        case DS4_MTP_HIDDEN_OFF:     llama_set_embeddings_nextn(ctx, false, true);  return true;
+        // not masked: some graphs would compute their last layer for the output rows alone, which a plain one does not
+        case DS4_MTP_HIDDEN_OFF:     llama_set_embeddings_nextn(ctx, false, false); return true;
         case DS4_MTP_HIDDEN_OUTPUTS: llama_set_embeddings_nextn(ctx, true,  true);  return true;
         case DS4_MTP_HIDDEN_ALL:     llama_set_embeddings_nextn(ctx, true,  false); return true;
         default:                     return false;
@@ -119,12 +120,23 @@ bool ds4_mtp_set_head_offset(llama_context * ctx, int32_t offset) {
 }
 
 int32_t ds4_mtp_window(const llama_model * model) {
-    return model->hparams.swa_type == LLAMA_SWA_TYPE_NONE ? 0 : (int32_t) model->hparams.n_swa;
+    const llama_hparams & hparams = model->hparams;
+    // DeepSeek-V4's layers have a window each, and no pattern
+    const bool windowed = hparams.swa_type != LLAMA_SWA_TYPE_NONE &&
+        (model->arch == LLM_ARCH_DEEPSEEK4 || (hparams.n_layer_nextn > 0 && hparams.is_swa(hparams.n_layer())));
+    return windowed ? (int32_t) hparams.n_swa : 0;
 }
 
 int32_t ds4_mtp_rollback(const llama_model * model) {
-    if (model->arch == LLM_ARCH_DEEPSEEK4) {
-        return DS4_MTP_ROLLBACK_RECENT;
+    switch (model->arch) {
+        case LLM_ARCH_DEEPSEEK4:
+            return DS4_MTP_ROLLBACK_RECENT;
+        case LLM_ARCH_QWEN35:
+        case LLM_ARCH_QWEN35MOE:
+        case LLM_ARCH_QWEN3NEXT:
+            return DS4_MTP_ROLLBACK_COPIES;
+        default:
+            break;
     }
     // An encoder's rows, or those of a text that is diffused, see rows behind them.
     if (llama_model_is_diffusion(model) || llama_model_has_encoder(model) || !model->hparams.causal_attn) {

@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 // Raised when a declaration below changes in a way that an older binding would misread.
-#define DS4_MTP_ABI 4
+#define DS4_MTP_ABI 5
 
 LLAMA_API int32_t      ds4_mtp_abi(void);
 // A hash over this patch set (its diffs and sources), for reports and for telling stale builds.
@@ -67,6 +67,7 @@ enum ds4_mtp_rollback {
     DS4_MTP_ROLLBACK_RECENT = 1, // of the last micro-batch, up to llama_n_rs_seq of them
     DS4_MTP_ROLLBACK_ANY    = 2,
     DS4_MTP_ROLLBACK_SAVED  = 3, // none that can be relied on, but to where a state was saved
+    DS4_MTP_ROLLBACK_COPIES = 4, // as RECENT, by copies of running states: one for each row, in every decode
 };
 
 // Which rows the memory of the model's contexts can take back with the state before them intact.

@@ -29,7 +29,16 @@ def model(plant: Callable[..., Planted]) -> Iterator[engine.Model]:
     model.close()
 
 
-def run(model: engine.Model, steps: list[int], n_past: int, *, n_rs_seq: int, n_ubatch: int, roll: int) -> bool | None:
+def run(
+    model: engine.Model,
+    steps: list[int],
+    n_past: int,
+    *,
+    n_rs_seq: int,
+    n_ubatch: int,
+    roll: int,
+    text: list[int] = TEXT,
+) -> bool | None:
     """Decode n_past tokens at once, then `steps` batches; remove `roll` rows; True: the next logits are those of a
     context that never had them, False: they are not, None: the removal was refused."""
     contexts = [
@@ -41,7 +50,7 @@ def run(model: engine.Model, steps: list[int], n_past: int, *, n_rs_seq: int, n_
     try:
         p = 0
         for n in [n_past, *steps]:
-            rolled.decode(batch.set(TEXT[p : p + n], p, 0))
+            rolled.decode(batch.set(text[p : p + n], p, 0))
             p += n
         p -= roll
         if not rolled.seq_rm(0, p):
@@ -50,12 +59,12 @@ def run(model: engine.Model, steps: list[int], n_past: int, *, n_rs_seq: int, n_
         for n in [n_past, *steps]:  # in the same batches, as far as they go: kernels differ by their number of rows
             n = min(n, p - fed)
             if n:
-                fresh.decode(batch.set(TEXT[fed : fed + n], fed, 0))
+                fresh.decode(batch.set(text[fed : fed + n], fed, 0))
                 fed += n
         same = True
         for i in range(6):
             for context in contexts:
-                context.decode(batch.set([TEXT[300 + i]], p + i, 0))
+                context.decode(batch.set([text[300 + i]], p + i, 0))
             same &= np.array_equal(rolled.logits(), fresh.logits())
         return same
     finally:

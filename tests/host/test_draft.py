@@ -297,7 +297,7 @@ def test_whatever_is_drafted_the_text_is_plain(
         "chance": lambda: int(rng.integers(512)),
         "no token": lambda: 10**6,
     }
-    monkeypatch.setattr(llm._ds4_mtp._spec.drafter, "draft", lambda *args: [draft[what]() for _ in range(args[-1])])
+    monkeypatch.setattr(llm._ds4_mtp._spec.drafter, "draft", lambda *args: [draft[what]() for _ in range(args[3])])
     assert generate(llm, [300, 301, 302], 80) == generate(llama(files.trunk), [300, 301, 302], 80)
     stats = llm.draft_model.stats
     assert (stats.failures, stats.iters > 70) == (0, what != "no token")

@@ -2,9 +2,10 @@
 
 The head pairs the hidden row of position q - 1 with the token at q and predicts the token at q + 1 (DeepSeek-V3
 report, arXiv:2412.19437, section 2.2; llama.cpp, src/models/deepseek4.cpp, graph_mtp). Deeper drafts feed the head its
-own hidden row. Its one layer attends over a sliding window, so what it proposes at p depends on the pairs
-p - window + 1 .. p alone: no older hidden row is ever kept, no older prompt row ever decoded, and its memory is of one
-size whatever the target's context length.
+own hidden row. Where its one layer attends over a sliding window, what it proposes at p depends on the pairs
+p - window + 1 .. p alone. A head that attends over everything is given the last `window` pairs of a prompt, and keeps
+up to three times as many. So no older hidden row is ever kept, no older prompt row ever decoded, and the head's memory
+is of one size whatever the target's context length.
 
 Pairs wait in a ring until a draft is wanted and then go into one decode together with the newest one, whose output
 is the first draft. So K drafts cost K decodes, and text that is not drafted for costs none.
@@ -40,6 +41,7 @@ class MtpDrafter:
         self,
         context: Context,
         *,
+        window: int | None = None,
         gate: Gate | None = None,
         on_close: Callable[[], None] | None = None,
     ) -> None:
@@ -47,10 +49,11 @@ class MtpDrafter:
         Args:
             context: an MTP context that is wholly this object's. Its ``n_batch`` and ``n_ubatch`` must hold a
                 window of rows, and each sequence's share of ``n_ctx`` three.
+            window: rows that a draft looks back on; None for the head's own attention window.
             gate: ends a draft early; None never does.
             on_close: called after the context is closed (to free its model).
         """
-        self.window = context.window
+        self.window = context.window if window is None else window
         per_seq = context.n_ctx // context.n_seq_max
         if self.window < 1 or min(context.n_batch, context.n_ubatch) < self.window or per_seq < 3 * self.window:
             raise ValueError(

@@ -1,0 +1,105 @@
+"""The families that have one MTP block with a graph in llama.cpp (``src/models/*.cpp``), DeepSeek-V4 apart.
+
+Their head is as a rule in the model's own file (``convert_hf_to_gguf.py``), or beside it (``--mtp`` and ``--no-mtp``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .header import Header, shown
+
+if TYPE_CHECKING:
+    from .heads import Model
+
+__all__ = ["FAMILIES", "WITHOUT_GRAPH", "Family"]
+
+_NEXTN = ("nextn.eh_proj", "nextn.enorm", "nextn.hnorm")
+
+
+@dataclass(frozen=True)
+class Family:
+    """The rules of a family.
+
+    Attributes:
+        NAME: models of it that people know.
+        MAY_DIFFER: keys, without the architecture's prefix, that may differ between a model and a head's own file: they
+            count or list blocks, or tell apps something.
+        INSIDE: a head in the model's own file can be used.
+        needs: what a head's block has to have beside nextn's tensors, where the engine asserts it.
+        refuse: why the engine would abort on a head, None where it would not.
+    """
+
+    NAME: str
+    needs: tuple[str, ...] = ()
+    refuse: Callable[[Header, Model], str | None] = lambda header, head: None
+    INSIDE: bool = True
+    MAY_DIFFER: tuple[str, ...] = (
+        *("block_count", "nextn_predict_layers", "context_length", "vocab_size", "embedding_length_out"),
+        *("attention.head_count_kv", "attention.recurrent_layers", "attention.sliding_window_pattern"),
+        *("feed_forward_length", "expert_feed_forward_length", "leading_dense_block_count"),
+    )
+
+    def check_head(self, header: Header, head: Model) -> None:
+        """Refuse a head that the engine cannot load or would abort on."""
+        names = {f"blk.{head.n_layer}.{name}.weight" for name in (*_NEXTN, *self.needs)}
+        names |= {"token_embd.weight", "output_norm.weight"}
+        missing = sorted(names - set(header.tensors))
+        if missing:
+            raise ValueError(
+                f"{header.path} lacks {', '.join(missing[:6])}{' ...' if missing[6:] else ''} (block_count less the "
+                f"MTP block is {head.n_layer}); expected a GGUF as convert_hf_to_gguf.py writes it"
+            )
+        if (why := self.refuse(header, head)) is not None:
+            raise ValueError(f"{header.path}: {why}")
+
+    def check_base(self, header: Header, base: Model) -> None:
+        """Nothing that is not the engine's own to refuse."""
+
+
+def _glm4moe(header: Header, head: Model) -> str | None:
+    if "glm4moe.rope.dimension_sections" in {*header.metadata, *header.lengths}:
+        return (
+            "its rotary dimensions are in sections (GLM-4.5V), for which the engine's MTP graph has no positions; "
+            "expected a GLM-4.5 or 4.6 model for text"
+        )
+    return None
+
+
+def _mla(header: Header, head: Model) -> str | None:
+    for key in ("attention.q_lora_rank", "attention.key_length_mla"):
+        value = header.metadata.get(f"{head.architecture}.{key}", 0)
+        if not isinstance(value, int) or value < 1:
+            return f"{key} is {shown(value)}; the engine's MTP graph needs one, as of GLM-4.7-Flash"
+    return None
+
+
+_EXPERTS = ("ffn_gate_inp", "ffn_gate_shexp")
+
+#: By architecture.
+FAMILIES = {
+    "qwen35": Family("Qwen3.5, 3.6 and 3.8, dense"),
+    "qwen35moe": Family("Qwen3.5 and 3.6 with experts", ("ffn_gate_inp",)),
+    "qwen3next": Family("Qwen3-Next", ("ffn_gate_inp",)),
+    "glm4moe": Family("GLM-4.5 and 4.6", _EXPERTS, _glm4moe),
+    "deepseek2": Family("GLM-4.7-Flash", ("attn_q_a", "attn_k_b", "attn_v_b"), _mla),
+    "hy_v3": Family("Hunyuan V3"),
+}
+
+#: Architectures whose MTP tensors the engine keeps, or leaves out, without a graph that this package drives.
+WITHOUT_GRAPH = {
+    **dict.fromkeys(
+        ("dots3note", "exaone-moe", "bailingmoe2", "glm4", "exaone4", "glm5-next"),
+        "llama.cpp keeps its MTP tensors, but has no graph for them",
+    ),
+    **dict.fromkeys(
+        ("step35", "mimo2"), "it has several MTP heads, one for each draft, which this package does not drive"
+    ),
+    **dict.fromkeys(
+        ("ernie4_5", "ernie4_5-moe", "hy_v4", "qwen4exp", "minicpm", "minicpm3"),
+        "convert_hf_to_gguf.py leaves its MTP head out",
+    ),
+    "gemma4-assistant": "its head reads the memory of its model, which this package does not share",
+}

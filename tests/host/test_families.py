@@ -1,0 +1,162 @@
+"""Heads of other families, in the model's file and beside it: the text is plain's, and what is drafted is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from llama_cpp import Llama, LogitsProcessorList
+
+from ds4_mtp_plugin import MtpDraft, NgramDraft
+from ds4_mtp_plugin.gguf.families import FAMILIES
+from tests.fixtures import GPU_LAYERS
+from tests.fixtures.mtp_gguf import Planted as Family
+from tests.fixtures.mtp_gguf import plant as plant_family
+from tests.fixtures.planted import Planted
+from tests.text import generate
+
+Make = Callable[..., Llama]
+Plant = Callable[..., Planted]
+
+HYBRID = ("qwen35", "qwen35moe", "qwen3next")
+
+
+@pytest.fixture(scope="session")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("families")
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest, directory: Path) -> Family:
+    return plant_family(directory, request.param)
+
+
+def text_and_logits(llm: Llama, prompt: list[int], n: int, **sampling: Any) -> tuple[list[int], Any]:
+    """n tokens, and the logits that each was chosen by."""
+    rows: list[Any] = []
+
+    def keep(_: Any, scores: Any) -> Any:
+        rows.append(np.array(scores, dtype=np.float32))
+        return scores
+
+    text = generate(llm, prompt, n, logits_processor=LogitsProcessorList([keep]), **sampling)
+    return text, np.stack(rows[:n])
+
+
+@pytest.mark.parametrize("sampling", [{"temp": 0.0}, {"temp": 1.0}], ids=["greedy", "seeded"])
+@pytest.mark.parametrize(
+    "options",
+    [{"num_pred_tokens": 1}, {"num_pred_tokens": 3}, {"num_pred_tokens": 3, "adaptive": True}],
+    ids=["1", "3", "automatic"],
+)
+def test_text_and_logits_are_plain(
+    llama: Make, family: Family, options: dict[str, Any], sampling: dict[str, Any]
+) -> None:
+    found = []
+    for draft in (None, MtpDraft(**options)):
+        llm = llama(family.trunk, draft_model=draft, seed=7, n_ctx=1024)
+        found.append(text_and_logits(llm, family.prompt(40), 150, **sampling))
+    assert found[0][0] == found[1][0]
+    if GPU_LAYERS == 0:
+        assert draft is not None and draft.stats.exact and draft.stats.failures == 0
+        assert draft.stats.accepted > (0 if draft.adaptive else 20)
+        np.testing.assert_array_equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("options", [{}, {"n_batch": 128, "n_ubatch": 64}, {"n_batch": 96}], ids=str)
+@pytest.mark.parametrize("n_prompt", [600, 700])
+def test_prompts_of_several_batches(llama: Make, family: Family, options: dict[str, Any], n_prompt: int) -> None:
+    """Hidden rows of all tokens are kept at their end, and their last logits are those without."""
+    found = []
+    for draft in (None, MtpDraft(num_pred_tokens=3)):
+        llm = llama(family.trunk, draft_model=draft, n_ctx=1024, **options)
+        found.append(text_and_logits(llm, family.prompt(n_prompt, seed=n_prompt), 60))
+    assert found[0][0] == found[1][0]
+    if GPU_LAYERS == 0:
+        np.testing.assert_array_equal(found[0][1], found[1][1])
+
+
+def test_each_draft_is_made_from_the_right_hidden_row(llama: Make, family: Family) -> None:
+    """Given that of another token the head is wrong: at once, or behind its first draft."""
+    llm = llama(family.trunk, draft_model=MtpDraft(num_pred_tokens=3), n_ctx=1024)
+    text = generate(llm, family.prompt(40), 400)
+    stats = llm.draft_model.stats
+    as_planted = sum(family.first[a] == b for a, b in zip(text, text[1:])) / len(text)
+    first, second, third = stats.rate_per_position
+    assert first > as_planted**2 - 0.1 and second > first * (as_planted - 0.15) and third > second * (as_planted - 0.2)
+
+
+@pytest.mark.parametrize("architecture", ["qwen35", "glm4moe"])
+def test_a_head_beside_the_model_does_the_same(llama: Make, directory: Path, architecture: str) -> None:
+    inside, beside = plant_family(directory, architecture), plant_family(directory, architecture, beside=True)
+    texts, stats = [], []
+    for files in (inside, beside):
+        draft = MtpDraft(files.head, num_pred_tokens=2)
+        llm = llama(files.trunk, draft_model=draft, n_ctx=1024)
+        texts.append(generate(llm, files.prompt(40), 100))
+        stats.append(draft.stats)
+    assert texts[0] == texts[1]
+    assert stats[0].accepted_per_position == stats[1].accepted_per_position
+
+
+def test_a_chat_goes_on(llama: Make, family: Family) -> None:
+    """Prompts that begin as the one before, and answers that are dropped."""
+    plain, ours = (llama(family.trunk, draft_model=draft, n_ctx=2048, n_batch=256) for draft in (None, MtpDraft()))
+    text = family.prompt(900)
+    for prompt in (text[:600], text[:700], [*text[:650], *family.prompt(50, seed=1)], text[:300], text):
+        answers = [text_and_logits(llm, prompt, 40) for llm in (plain, ours)]
+        assert answers[0][0] == answers[1][0]
+        if GPU_LAYERS == 0:
+            np.testing.assert_array_equal(answers[0][1], answers[1][1])
+    stats = ours.draft_model.stats
+    assert stats.failures == 0 and (stats.resumed > 0) == (family.architecture in HYBRID)
+
+
+def test_states(llama: Make, family: Family) -> None:
+    prompt = family.prompt(80)
+    plain, ours = (llama(family.trunk, draft_model=draft, n_ctx=512) for draft in (None, MtpDraft(num_pred_tokens=2)))
+    texts = []
+    for llm in (plain, ours):
+        first = generate(llm, prompt, 30)
+        state = llm.save_state()
+        on = generate(llm, [*prompt, *first], 30)
+        llm.load_state(state)
+        texts.append((first, on, generate(llm, [*prompt, *first], 30)))
+    assert texts[0] == texts[1]
+    assert ours.draft_model.stats.failures == 0
+
+
+def test_drafts_from_the_text_for_a_hybrid_model(llama: Make, directory: Path) -> None:
+    """Each costs a copy of its states in every decode, so there are few."""
+    files = plant_family(directory, "qwen35", noise=0.0)  # its text goes round in a circle
+    plain, ours = (llama(files.trunk, draft_model=draft, n_ctx=1024) for draft in (None, NgramDraft()))
+    assert generate(plain, files.prompt(40), 300) == generate(ours, files.prompt(40), 300)
+    stats = ours.draft_model.stats
+    assert stats.ngram_accepted > 100 and ours._ds4_mtp._spec.n_draft == 3
+
+
+def test_without_a_path_the_head_has_to_be_in_the_model_s_file(llama: Make, plant: Plant, directory: Path) -> None:
+    beside = plant_family(directory, "glm4moe", beside=True)
+    with pytest.raises(ValueError, match=r"glm4moe.*gguf has no MTP block in it\. Take a GGUF that has one"):
+        llama(beside.trunk, draft_model=MtpDraft())
+    with pytest.raises(ValueError, match="has no MTP block in it"):
+        llama(plant().trunk, draft_model=MtpDraft())
+    inside = plant_family(directory, "glm4moe")
+    with pytest.raises(ValueError, match=r"give it to the Llama, and the draft no path: MtpDraft\(\)"):
+        MtpDraft(inside.trunk)
+    with pytest.raises(ValueError, match=r"n_gpu_layers is 1, but without a path"):
+        MtpDraft(n_gpu_layers=1)
+    assert repr(MtpDraft()) == "MtpDraft()"
+    # A head of its own goes before the one in the model.
+    llm = llama(inside.trunk, draft_model=MtpDraft(beside.head, num_pred_tokens=1))
+    generate(llm, inside.prompt(20), 30)
+    assert llm.draft_model.stats.accepted > 0
+
+
+def test_without_a_draft_the_head_is_not_loaded(llama: Make, family: Family) -> None:
+    llama(family.trunk, draft_model=MtpDraft())
+    assert not llama(family.trunk).model_params.load_mtp
+    assert llama(family.trunk, draft_model=MtpDraft()).model_params.load_mtp
