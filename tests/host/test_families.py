@@ -79,6 +79,16 @@ def test_prompts_of_several_batches(llama: Make, family: Family, options: dict[s
         np.testing.assert_array_equal(found[0][1], found[1][1])
 
 
+def test_a_draft_that_is_taken_off_leaves_plain_logits(llama: Make, family: Family) -> None:
+    found = []
+    for draft in (None, MtpDraft()):
+        llm = llama(family.trunk, draft_model=draft)
+        llm.draft_model = None
+        found.append(text_and_logits(llm, family.prompt(300), 20))
+    assert found[0][0] == found[1][0]
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+
+
 def test_each_draft_is_made_from_the_right_hidden_row(llama: Make, family: Family) -> None:
     """Given that of another token the head is wrong: at once, or behind its first draft."""
     llm = llama(family.trunk, draft_model=MtpDraft(num_pred_tokens=3), n_ctx=1024)
