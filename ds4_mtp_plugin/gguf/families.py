@@ -76,6 +76,7 @@ def _mla(header: Header, head: Model) -> str | None:
     return None
 
 
+_MLA = ("attn_q_a", "attn_k_b", "attn_v_b")
 _EXPERTS = ("ffn_gate_inp", "ffn_gate_shexp")
 
 #: By architecture.
@@ -84,8 +85,13 @@ FAMILIES = {
     "qwen35moe": Family("Qwen3.5 and 3.6 with experts", ("ffn_gate_inp",)),
     "qwen3next": Family("Qwen3-Next", ("ffn_gate_inp",)),
     "glm4moe": Family("GLM-4.5 and 4.6", _EXPERTS, _glm4moe),
-    "deepseek2": Family("GLM-4.7-Flash", ("attn_q_a", "attn_k_b", "attn_v_b"), _mla),
+    "deepseek2": Family("GLM-4.7-Flash", _MLA, _mla),
+    "deepseek32": Family("DeepSeek-V3.2", _MLA, _mla),
+    "glm-dsa": Family("GLM-5", _MLA, _mla),
     "hy_v3": Family("Hunyuan V3"),
+    "nemotron_h_moe": Family("Nemotron 3 with experts", ("ffn_gate_inp", "nextn.shared_head_norm")),
+    "bailingmoe3": Family("Ling 3", _MLA[1:]),
+    "cohere2moe": Family("Command A with experts", ("ffn_gate_inp",)),
 }
 
 #: Architectures whose MTP tensors the engine keeps, or leaves out, without a graph that this package drives.

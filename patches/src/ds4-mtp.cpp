@@ -134,6 +134,8 @@ int32_t ds4_mtp_rollback(const llama_model * model) {
         case LLM_ARCH_QWEN35:
         case LLM_ARCH_QWEN35MOE:
         case LLM_ARCH_QWEN3NEXT:
+        case LLM_ARCH_NEMOTRON_H_MOE:
+        case LLM_ARCH_BAILINGMOE3:
             return DS4_MTP_ROLLBACK_COPIES;
         default:
             break;

@@ -16,7 +16,7 @@ from tests.fixtures import GPU_LAYERS
 from tests.fixtures.mtp_gguf import ACTIVE, plant
 
 TEXT = np.random.default_rng(0).choice(ACTIVE, 400).tolist()
-HYBRID = ("qwen35", "qwen35moe", "qwen3next")
+HYBRID = ("qwen35", "qwen35moe", "qwen3next", "nemotron_h_moe", "bailingmoe3")
 
 
 @pytest.fixture(scope="module", params=HYBRID)

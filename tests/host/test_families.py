@@ -21,7 +21,7 @@ from tests.text import generate
 Make = Callable[..., Llama]
 Plant = Callable[..., Planted]
 
-HYBRID = ("qwen35", "qwen35moe", "qwen3next")
+HYBRID = ("qwen35", "qwen35moe", "qwen3next", "nemotron_h_moe", "bailingmoe3")
 
 
 @pytest.fixture(scope="session")
