@@ -13,6 +13,7 @@ from typing import Any
 
 from llama_cpp import Llama
 
+from .. import gguf
 from ..draft import Draft, MtpDraft, NgramDraft
 
 # Of a C int, which the engine takes.
@@ -94,7 +95,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """The files and where their layers go."""
     parser.add_argument("-m", "--model", required=True, metavar="BASE", help="GGUF of the model")
     parser.add_argument(
-        "--mtp", metavar="MTP", help="GGUF of its MTP head; without one drafts come from the text itself, of any model"
+        "--mtp",
+        metavar="MTP",
+        help="GGUF of its MTP head; without it the head in the model's own file, and without that the text itself",
     )
     parser.add_argument(
         "-ngl", "--n-gpu-layers", type=integer(-1), default=0, metavar="N", help="layers on the GPU, -1 all"
@@ -105,10 +108,21 @@ def draft(args: argparse.Namespace, **options: Any) -> Draft:
     """The draft that --mtp and -k ask for; `options` go before -k.
 
     Raises:
-        OSError, ValueError: the file is no head that can be used.
+        OSError, ValueError: the file is no head that can be used, or the head in the model's file is none.
     """
     options = {"num_pred_tokens": args.num_pred_tokens, **options}
-    return NgramDraft(**options) if args.mtp is None else MtpDraft(args.mtp, **options)
+    if args.mtp is None and not has_head(args.model):
+        return NgramDraft(**options)
+    return MtpDraft(args.mtp, **options)
+
+
+def has_head(model: str) -> bool:
+    """Whether the file of a model has an MTP head in it that can be used."""
+    try:
+        gguf.check_inside(model)
+    except (OSError, ValueError):
+        return False  # the host says what is wrong with the file
+    return True
 
 
 def add_prompt(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:

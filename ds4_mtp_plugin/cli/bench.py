@@ -110,7 +110,7 @@ def do(args: argparse.Namespace) -> int:
     prompt = arguments.prompt(args)
     if args.num_pred_tokens == 0:
         args.usage_error("-k 0: expected the greatest number of drafts, 1 or more")
-    most = args.num_pred_tokens or (3 if args.mtp else MAX_PRED_TOKENS)
+    most = args.num_pred_tokens or (3 if args.mtp or arguments.has_head(args.model) else MAX_PRED_TOKENS)
     options: dict[str, Any] = {"num_pred_tokens": most, "adaptive": True}
     if args.prefix:
         args.ctx_size = args.ctx_size and max(args.ctx_size, args.prefix + 256)

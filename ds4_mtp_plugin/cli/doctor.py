@@ -168,6 +168,9 @@ def _files(paths: Sequence[str]) -> Iterator[str]:
         is_base = model.kind in (gguf.TRUNK, gguf.TRUNK_AND_HEAD)
         try:
             (gguf.check_base if is_base else gguf.check_head)(path)
+            if model.kind == gguf.TRUNK_AND_HEAD and len(paths) == 1:
+                gguf.check_inside(path)
+                print("  its head can be used: MtpDraft()")
         except ValueError as err:
             yield str(err)
         else:

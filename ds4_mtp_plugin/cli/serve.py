@@ -30,7 +30,7 @@ EXITS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", metavar="BASE", help="GGUF of the model")
-    parser.add_argument("--mtp", metavar="MTP", help="GGUF of its MTP head (the same as --draft_model MTP)")
+    parser.add_argument("--mtp", metavar="MTP", help="GGUF of its MTP head (default: the one in the model's file)")
     parser.add_argument(
         "-k",
         "--num-pred-tokens",
@@ -46,12 +46,13 @@ def do(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--mtp {args.mtp}: the server takes a name without .gguf at its end for prompt lookup; rename the file"
         )
-    if args.num_pred_tokens is not None and not args.mtp:
+    head = args.mtp or (args.model if args.model and arguments.has_head(args.model) else None)
+    if args.num_pred_tokens is not None and not head:
         raise ValueError("-k is of the head that --mtp names; in a --config_file it is draft_model_num_pred_tokens")
     from ..host import server  # noqa: F401  from here on the server's settings name heads
 
     main: Any = importlib.import_module("llama_cpp.server.__main__")
-    given = {"model": args.model, "draft_model": args.mtp, "draft_model_num_pred_tokens": args.num_pred_tokens}
+    given = {"model": args.model, "draft_model": head, "draft_model_num_pred_tokens": args.num_pred_tokens}
     options = [f"--{name}={value}" for name, value in given.items() if value is not None]
     sys.argv = ["ds4-mtp serve", *options, *args.rest]
     # The server ends by the signal that it got; this one would leave no time to close a model.

@@ -144,9 +144,8 @@ def admit(arguments: Mapping[str, Any]) -> Admission | None:
                 check_inside(model_path, overrides)
             else:
                 check_pair(model_path, draft.model_path, overrides)
-        else:
-            on_gpu = _on_gpu(arguments.get("n_gpu_layers", 0))
-            tested = _rows_tested(model_path, flash=bool(arguments.get("flash_attn")), on_gpu=on_gpu)
+        on_gpu = _on_gpu(arguments.get("n_gpu_layers", 0))
+        tested = _rows_tested(model_path, flash=bool(arguments.get("flash_attn")), on_gpu=on_gpu)
         caches = {kind for name in ("type_k", "type_v") if (kind := arguments.get(name)) is not None}
         n_rows = 1 + min(draft.num_pred_tokens, MAX_PRED_TOKENS)
         if _asks_for_exact(draft) and (

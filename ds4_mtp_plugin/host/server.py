@@ -1,8 +1,9 @@
 """``llama_cpp.server`` with MTP heads: the setting ``draft_model`` of a model may name the GGUF of its head.
 
 The host's server knows one draft, prompt lookup, and takes any ``draft_model`` for it. Once this module is imported, a
-name that ends in ``.gguf`` gives the model an MtpDraft of that file, with ``draft_model_num_pred_tokens`` drafts
-per cycle if that is set too (the host's default of 10 is prompt lookup's). Everything else is as it was.
+name that ends in ``.gguf`` gives the model an MtpDraft of that file, or of the head in its own if it is that one, with
+``draft_model_num_pred_tokens`` drafts per cycle if that is set too (the host's default of 10 is prompt lookup's).
+Everything else is as it was.
 
 Example:
     ``CONFIG_FILE=config.json uvicorn --factory ds4_mtp_plugin.host.server:create_app``
@@ -41,7 +42,7 @@ def _adopt() -> None:
             return original(settings)
         depth = "draft_model_num_pred_tokens"
         options = {"num_pred_tokens": getattr(settings, depth)} if depth in settings.model_fields_set else {}
-        draft = MtpDraft(settings.draft_model, **options)
+        draft = MtpDraft(None if settings.draft_model == settings.model else settings.draft_model, **options)
         host_drafts = _model.llama_speculative
         # Where the host reaches for its prompt lookup it finds the draft.
         _model.llama_speculative = types.SimpleNamespace(LlamaPromptLookupDecoding=lambda num_pred_tokens: draft)

@@ -30,6 +30,7 @@ from pydantic import BaseModel
 
 from ds4_mtp_plugin import host
 from ds4_mtp_plugin.cli.demo import BASE, HEAD
+from tests.fixtures.mtp_gguf import plant as plant_family
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = ["-m", "llama_cpp.server", "--model", str(BASE)]
@@ -200,6 +201,16 @@ def test_what_does_not_fit_is_said(options: list[str], status: int, message: str
     command = [sys.executable, *DS4_MTP, "serve", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment())
     assert (done.returncode, done.stderr[: len(message)]) == (status, message)
+
+
+def test_a_head_in_the_models_file(tmp_path: Path) -> None:
+    files = plant_family(tmp_path, "qwen35")
+    options = ["-m", str(files.trunk), "-k", "2", "--n_ctx", "512"]
+    with serving(tmp_path, *DS4_MTP, "serve", *options, *SETTINGS[2:]) as server:
+        complete: Any = server.client.completions.create
+        complete(model="any", prompt="PRONOUNCE", max_tokens=100, temperature=0.0)
+        [(proposed, accepted)] = drafts(server.stop(signal.SIGTERM)[1])
+    assert 0 < accepted < proposed
 
 
 def test_twelve_at_once_get_what_each_gets_alone(tmp_path: Path) -> None:

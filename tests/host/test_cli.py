@@ -22,6 +22,7 @@ from ds4_mtp_plugin import MtpStats, cli, settings
 from ds4_mtp_plugin.cli import generation
 from ds4_mtp_plugin.cli.demo import BASE, HEAD
 from tests.fixtures.ds4_gguf import byte_vocab
+from tests.fixtures.mtp_gguf import plant as plant_family
 from tests.fixtures.planted import BY_CONTEXT, TINY, Planted
 
 
@@ -419,6 +420,18 @@ def test_without_a_head_drafts_come_from_the_text(capsys: pytest.CaptureFixture[
     assert list(found["contenders"]) == ["plain", "automatic"]
     assert found["contenders"]["automatic"]["same_text"]
     assert printed(capsys, "verify", *base)["replay"]["passed"]
+
+
+def test_a_head_in_the_models_file_is_found(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    files = plant_family(tmp_path, "glm4moe")
+    base = ["-m", str(files.trunk), "-n", "60", "-p", "PRONOUNCE", "-c", "512"]
+    found = printed(capsys, "run", *base, "--compare")
+    assert found["same"] and found["stats"]["draft_decodes"] > 0
+    found = printed(capsys, "bench", *base, "-r", "1", "-k", "2")
+    assert list(found["contenders"]) == ["plain", "automatic", "1 draft", "2 drafts"]
+    assert printed(capsys, "verify", *base)["replay"]["passed"]
+    assert cli.main(["doctor", str(files.trunk)]) == cli.EXIT_OK
+    assert "its head can be used: MtpDraft()" in capsys.readouterr().out
 
 
 def test_bench_measures_all_in_turn(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
