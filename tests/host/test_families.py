@@ -99,7 +99,7 @@ def test_each_draft_is_made_from_the_right_hidden_row(llama: Make, family: Famil
     assert first > as_planted**2 - 0.1 and second > first * (as_planted - 0.15) and third > second * (as_planted - 0.2)
 
 
-@pytest.mark.parametrize("architecture", ["qwen35", "glm4moe"])
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_a_head_beside_the_model_does_the_same(llama: Make, directory: Path, architecture: str) -> None:
     inside, beside = plant_family(directory, architecture), plant_family(directory, architecture, beside=True)
     texts, stats = [], []

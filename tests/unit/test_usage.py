@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from ds4_mtp_plugin.gguf.families import FAMILIES
+
 ROOT = Path(__file__).parents[2]
 TABLE = (ROOT / "USAGE.md").read_text(encoding="utf-8").partition("## When something is off")[2]
 MESSAGES = re.findall(r"^\| `([^`]+)` \|", TABLE, re.MULTILINE)
@@ -33,3 +35,9 @@ def test_messages_are_in_the_code() -> None:
         # Every piece of it, in this order, in one string.
         pattern = ".*…?.*".join(re.escape(piece.strip()) for piece in text.split("…"))
         assert any(re.search(pattern, string) for string in code), message
+
+
+def test_the_readme_names_every_family_that_works_and_no_other() -> None:
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Models")[2].partition("\n## ")[0]
+    named = {name.strip("` ") for names in re.findall(r"\((`[^()]+`)\)", table) for name in names.split(",")}
+    assert named - {"NgramDraft"} == set(FAMILIES)
