@@ -1,4 +1,4 @@
-"""Draws a run of the benchmarks: ``python -m bench.plot RESULTS.json PLOT.png`` (needs matplotlib)."""
+"""Draws runs of the benchmarks: ``python -m bench.plot RESULTS.json ... PLOT.png`` (needs matplotlib)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ TITLES = {
     "test_mini[prose]": "ds4-mini, prose",
     "test_mini[an edit]": "ds4-mini,\nan edit",
     "test_mini[json]": "ds4-mini, JSON",
-    "test_planted_half_a_gigabyte[0.8]": "500 MB,\nacceptance .8",
-    "test_planted_half_a_gigabyte[0.0]": "500 MB,\nnever accepted",
+    "test_mini_at_a_temperature[code]": "code,\ntemperature .8",
+    "test_mini_at_a_temperature[prose]": "prose,\ntemperature .8",
 }
+PLANTED = "test_planted_half_a_gigabyte"
 CONTENDERS = {
     "automatic": "#d95f02",
     "mtp k=1": "#1b5e9b",
@@ -33,9 +34,9 @@ CONTENDERS = {
 }
 
 
-def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
-    """Bars of the median ratio to plain decoding, with its least and greatest, by text and contender."""
-    figure, axes = plt.subplots(figsize=(10, 3.8), layout="constrained")
+def draw(runs: dict[str, dict[str, Any]], planted: dict[float, dict[str, Any]], path: Path) -> None:
+    """The median ratio to plain decoding, with its least and greatest: by text and contender, and over acceptance."""
+    figure, (axes, right) = plt.subplots(1, 2, figsize=(13, 3.8), layout="constrained", width_ratios=(3, 1.2))
     width = 0.8 / len(CONTENDERS)
     for i, (name, colour) in enumerate(CONTENDERS.items()):
         for at, run in enumerate(runs.values()):
@@ -54,14 +55,25 @@ def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
     axes.set_ylabel("speed, ratio to plain decoding")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=len(CONTENDERS), fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    for name, colour in CONTENDERS.items():
+        rows = {at: run[name] for at, run in sorted(planted.items()) if "ratio" in run.get(name, {})}
+        low, high = ([abs(row["ratio"] - row[end]) for row in rows.values()] for end in ("least", "greatest"))
+        ratios = [row["ratio"] for row in rows.values()]
+        right.errorbar(list(rows), ratios, yerr=[low, high], color=colour, marker="o", ms=4, lw=1.5, elinewidth=0.6)
+    right.axhline(1, color="black", lw=1)
+    right.set_xlabel("500 MB: share of first drafts that are right")
+    right.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
 
 
 def main() -> None:
-    results, path = sys.argv[1:]
-    benchmarks = json.loads(Path(results).read_text())["benchmarks"]
-    found = {each["name"]: each["extra_info"] for each in benchmarks}
-    draw({name: found[name] for name in (*TITLES, *found) if name in found}, Path(path))
+    *results, path = sys.argv[1:]
+    found: dict[str, dict[str, Any]] = {}
+    for result in results:
+        benchmarks = json.loads(Path(result).read_text())["benchmarks"]
+        found |= {each["name"]: each["extra_info"] for each in benchmarks}
+    planted = {float(name[len(PLANTED) + 1 : -1]): run for name, run in found.items() if name.startswith(PLANTED)}
+    draw({name: found[name] for name in TITLES if name in found}, planted, Path(path))
 
 
 if __name__ == "__main__":

@@ -116,8 +116,13 @@ def test_mini_at_a_temperature(benchmark: Any, table: Callable[[str], None], dir
 
 @pytest.mark.parametrize("n", [16, 1000, 8000])
 def test_first_token(benchmark: Any, table: Callable[[str], None], n: int) -> None:
-    """Behind prompts without a beginning in common: what of a draft costs a prompt."""
-    field = [each for each in contenders(HEAD) if each.name in ("plain", "automatic", "n-grams alone")]
+    """What of a draft costs a prompt; without checkpoints, from which the same prompt would go on."""
+    field = [
+        Contender("plain", dict),
+        Contender("plain again", dict),
+        Contender("automatic", lambda: {"draft_model": MtpDraft(HEAD, checkpoints_mb=0)}),
+        Contender("n-grams alone", lambda: {"draft_model": NgramDraft(checkpoints_mb=0)}),
+    ]
     prompt = np.random.default_rng(n).integers(300, 2000, n).tolist()
     contest = Contest(BASE, field, prompt, 2, n_ctx=n + 16, **THREADS)
     measure(benchmark, table, f"ds4-mini, the first token behind {n} ('first': its time, to plain's)", contest)
