@@ -40,7 +40,7 @@ class Draft(LlamaDraftModel):  # type: ignore[misc, unused-ignore]
 
     _OPTIONS: ClassVar[tuple[str, ...]]
     # The greatest number of drafts where the app names none.
-    _MOST: ClassVar[int]
+    _MOST: int
 
     def __init__(
         self,
@@ -130,9 +130,9 @@ class MtpDraft(Draft):
     ) -> None:
         """
         Args:
-            model_path: an MTP GGUF of the target model (``nextn_predict_layers`` 1, no trunk), "~" is the user's home;
-                None for the MTP block in the target's own file. Of DeepSeek-V4 the head has a file of its own, of all
-                other families it is mostly in the model's.
+            model_path: an MTP GGUF of the target model (``nextn_predict_layers`` 1, no trunk), or a DSpark GGUF; "~" is
+                the user's home. None for the MTP block in the target's own file. Of DeepSeek-V4 the head has a file of
+                its own, of all other families it is mostly in the model's.
             num_pred_tokens: the number of tokens drafted per cycle; 0 drafts none. Lowered where the target's
                 micro-batch or the context has no room for as many, and to 16. None leaves it to `adaptive`.
             adaptive: whether each cycle's number of drafts, 0 to `num_pred_tokens` (3 where that is None), is the one
@@ -146,7 +146,8 @@ class MtpDraft(Draft):
                 holds for up to 4 drafts. None asks for no promise: text is exact wherever the engine can be at no cost,
                 on x86-64 CPUs, and near-greedy elsewhere; ``stats.exact`` says which. False also takes a checkpoint
                 at the end of each prompt, behind which a text may round otherwise than from its beginning.
-            p_min: end a draft of the head before the first token whose probability is less, 0 to 1.
+            p_min: end a draft of the head before the first token whose probability, or of a DSpark head the confidence,
+                is less, 0 to 1.
             margin: end a draft of the head before the first token that leads the second best logit by less; None or 0
                 for no gate.
             checkpoints_mb: megabytes for states at the boundaries of a prompt's batches. A prompt that begins as the
@@ -176,6 +177,9 @@ class MtpDraft(Draft):
                 "expected None"
             )
         self.model_path = None if path is None else str(path)
+        self.of_block = 0
+        if path is not None and (n_block := check_head(path).n_block):
+            self.of_block = self._MOST = n_block
         super().__init__(num_pred_tokens, adaptive, exact, checkpoints_mb, report)
         self.ngram = None if ngram is None else options.flag("MtpDraft", "ngram", ngram)
         self.p_min = options.real("MtpDraft", "p_min", p_min, "a probability, 0 to 1", most=1)
@@ -187,8 +191,6 @@ class MtpDraft(Draft):
             None if value is None else options.integer("MtpDraft", name, value, 1, _MAX_THREADS)
             for name, value in (("n_threads", n_threads), ("n_threads_batch", n_threads_batch))
         )
-        if path is not None:
-            check_head(path)
 
 
 class NgramDraft(Draft):

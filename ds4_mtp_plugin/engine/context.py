@@ -104,6 +104,13 @@ class Model:
         model._ptr = ffi.cast("struct llama_model *", ptr)
         return model
 
+    @property
+    def target_layers(self) -> list[int]:
+        """The layers whose inputs a DSpark head reads of its model; none for any other model."""
+        ids = ffi.new("int32_t[]", 64)
+        n = int(self._library.lib.ds4_mtp_target_layers(self._ptr, ids, len(ids)))
+        return [int(ids[i]) for i in range(min(n, len(ids)))]
+
     def close(self) -> None:
         """Free the model if it is ours; its contexts must be closed before. Safe to call again."""
         if self._owned and self._ptr is not None:
@@ -141,8 +148,10 @@ class Context:
     """A context, ours or (``owned=False``) the host's, which must outlive this object.
 
     Attributes:
-        n_embd_out: floats in a hidden row (hyper-connection streams times width).
+        n_embd_out: floats in a hidden row of a head (hyper-connection streams times width).
+        n_hidden: floats in a row that `hidden_rows` gives: n_embd_out, or those of the layers that `keep_layers` named.
         window: width of the sliding attention window of the model's NextN blocks, 0 where it has none.
+        mask: the token that stands for one that is not known, negative where the vocabulary has none.
         n_rollback: rows of the last micro-batch that can be taken back, whatever they hold.
     """
 
@@ -164,12 +173,14 @@ class Context:
         self.n_embd_out = int(self._lib.llama_model_n_embd_out(model))
         self.n_layer_nextn = int(self._lib.llama_model_n_layer_nextn(model))
         self.window = int(self._lib.ds4_mtp_window(model))
+        self.mask = int(self._lib.llama_vocab_mask(self._vocab))
         most = {
             ROLLBACK_RECENT: self.n_rs_seq,
             ROLLBACK_COPIES: self.n_rs_seq,
             ROLLBACK_ANY: self.n_ubatch,
         }
         self.n_rollback = most.get(library.rollback(model), 0)
+        self._layers: tuple[int, ...] = ()
         self._best = ffi.new("struct ds4_mtp_best *")
         self._picker: Any = None
 
@@ -201,9 +212,32 @@ class Context:
         if code != 0:
             raise DecodeError(f"decoding {batch.struct.n_tokens} tokens", code)
 
+    @property
+    def n_hidden(self) -> int:
+        return len(self._layers) * self.n_embd if self._layers else self.n_embd_out
+
     def set_hidden(self, mode: int) -> None:
-        """From the next decode on keep hidden rows of no (HIDDEN_OFF), the output, or all rows (HIDDEN_ALL)."""
-        self._lib.ds4_mtp_set_hidden(self._ptr, mode)
+        """From the next decode on keep hidden rows of no (HIDDEN_OFF), the output, or all rows (HIDDEN_ALL).
+
+        Inputs of layers (`keep_layers`) are kept of all rows whatever the mode.
+        """
+        if not self._layers:
+            self._lib.ds4_mtp_set_hidden(self._ptr, mode)
+
+    def keep_layers(self, layers: Sequence[int]) -> None:
+        """From the next decode on the hidden rows are the inputs of `layers`, one behind the other.
+
+        Raises:
+            EngineError: the model has no such layers, or its graph does not give them.
+        """
+        for il in layers:
+            if not self._lib.ds4_mtp_set_layer_input(self._ptr, il, True):
+                raise EngineError(f"the engine does not give the input of layer {il} of this model")
+        self._layers = tuple(layers)
+
+    def see_all(self) -> None:
+        """From the next decode on every row of a batch sees all of it, not those before it alone."""
+        self._lib.llama_set_causal_attn(self._ptr, False)
 
     def pick_in_graph(self) -> bool:
         """From the next decode on the graph itself picks the best token of sequence 0, and no logits are copied.
@@ -233,14 +267,18 @@ class Context:
             raise NoSuchRow(f"the last decode kept no hidden row {i}")
 
     def hidden_rows(self, first: int, n: int) -> Floats:
-        """Hidden rows of batch rows first, first + 1, ... of the last decode: a copy, shape (n, n_embd_out).
+        """Hidden rows of batch rows first, first + 1, ... of the last decode: a copy, shape (n, n_hidden).
 
         Raises:
             NoSuchRow: the last decode kept fewer rows.
         """
-        rows = np.empty((n, self.n_embd_out), dtype=np.float32)
+        rows = np.empty((n, self.n_hidden), dtype=np.float32)
         for i in range(n):
-            self.hidden(first + i, rows[i])
+            if not self._layers:
+                self.hidden(first + i, rows[i])
+            for il, row in zip(self._layers, rows[i].reshape(-1, self.n_embd)):
+                if not self._lib.ds4_mtp_get_layer_input(self._ptr, il, first + i, ffi.from_buffer("float[]", row)):
+                    raise NoSuchRow(f"the last decode kept no input of layer {il} for row {first + i}")
         return rows
 
     def best(self, i: int = -1, *, with_prob: bool = False) -> Best:
@@ -313,10 +351,10 @@ class Batch:
     """A reusable batch of up to `n_max` rows of one sequence (llama.h, llama_batch).
 
     The arrays are numpy's; the struct points into them, so both live exactly as long as this object. `n_embd_out` > 0
-    adds hidden rows, which an MTP context takes together with the tokens.
+    adds hidden rows, which an MTP context takes together with the tokens, or, without `tokens`, in their place.
     """
 
-    def __init__(self, n_max: int, *, n_embd_out: int = 0) -> None:
+    def __init__(self, n_max: int, *, n_embd_out: int = 0, tokens: bool = True) -> None:
         self.n_max = n_max
         self._token = np.zeros(n_max, dtype=np.int32)
         self._pos = np.zeros(n_max, dtype=np.int32)
@@ -326,7 +364,8 @@ class Batch:
         self._seq_ids = ffi.new("llama_seq_id *[]", [ffi.from_buffer("llama_seq_id[]", self._seq_id)] * n_max)
         self._embd = np.zeros((n_max, n_embd_out), dtype=np.float32) if n_embd_out else None
         self.struct = ffi.new("llama_batch *")
-        self.struct.token = ffi.from_buffer("llama_token[]", self._token)
+        if tokens:
+            self.struct.token = ffi.from_buffer("llama_token[]", self._token)
         self.struct.pos = ffi.from_buffer("llama_pos[]", self._pos)
         self.struct.n_seq_id = ffi.from_buffer("int32_t[]", self._n_seq_id)
         self.struct.seq_id = self._seq_ids

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from typing import Protocol
 
-from . import deepseek4
+from . import deepseek4, dspark
 from .families import FAMILIES, WITHOUT_GRAPH
 from .header import Header, Overrides, PathLike, Value, read_header, shown
 
@@ -30,7 +30,7 @@ __all__ = [
 
 #: Kinds of file, as `Model.kind` names them.
 TRUNK, HEAD, TRUNK_AND_HEAD = "a model", "an MTP head", "a model with an MTP block"
-DSPARK, DS4_HEAD, OTHER = "a DSpark or DFlash head", "an MTP head in the layout of antirez/ds4", "something else"
+DSPARK, DS4_HEAD, OTHER = "a DSpark head", "an MTP head in the layout of antirez/ds4", "something else"
 
 _CONVERT = "convert_hf_to_gguf.py --mtp"
 _SAME_CHECKPOINT = "Take the MTP GGUF that was converted from the same checkpoint"
@@ -57,6 +57,7 @@ class Model:
         ratios: how many rows each layer compresses into one, 0 for none.
         quant: the type that most elements are stored in.
         n_bytes: size of the file, or of all parts.
+        n_block: the most tokens that a DSpark head drafts, 0 for any other.
     """
 
     path: str
@@ -74,6 +75,7 @@ class Model:
     ratios: tuple[int, ...]
     quant: str
     n_bytes: int
+    n_block: int = 0
 
 
 class _Family(Protocol):
@@ -172,6 +174,9 @@ def check_pair(base_path: PathLike, head_path: PathLike, overrides: Overrides | 
     base = _base(of_base)
     of_head = read_header(head_path).overridden(overrides)
     head = _head(of_head)
+    if head.kind == DSPARK:
+        dspark.check_pair(of_base, base, of_head, head)
+        return base, head
     differences = [
         f"{what} {getattr(head, name)}, expected {getattr(base, name)}"
         for name, what in (
@@ -215,7 +220,7 @@ def _model(header: Header) -> Model:
     n_block = value("block_count")
     embedding = header.tensors.get("token_embd.weight", ())
     ratios = value("attention.compress_ratios")
-    if architecture == "dflash" or any("markov_w1" in name for name in header.tensors):
+    if architecture == dspark.ARCHITECTURE or any("markov_w1" in name for name in header.tensors):
         kind = DSPARK
     elif any(name.startswith("mtp.0.") for name in header.tensors):
         kind = DS4_HEAD
@@ -239,6 +244,7 @@ def _model(header: Header) -> Model:
         ratios=tuple(r for r in ratios if isinstance(r, int)) if isinstance(ratios, tuple) else (),
         quant=_quant(header),
         n_bytes=header.n_bytes,
+        n_block=dspark.n_block(header) if kind == DSPARK else 0,
     )
 
 
@@ -246,10 +252,9 @@ def _head(header: Header) -> Model:
     path, head = header.path, _model(header)
     expected = f"expected an MTP GGUF, as '{_CONVERT}' writes it"
     if head.kind == DSPARK:
-        raise ValueError(
-            f"{path} is {DSPARK}, which this package does not run; expected an MTP head. DeepSeek-V4 checkpoints from "
-            f"0731 on come with DSpark only: take an earlier one, and convert its head with '{_CONVERT}'"
-        )
+        dspark.check_head(header, head)
+        _check_types(header, ("",))
+        return head
     if head.kind == DS4_HEAD:
         raise ValueError(
             f"{path} is {DS4_HEAD} (tensors 'mtp.0.*'), which llama.cpp does not read; {expected} from the checkpoint"
@@ -281,10 +286,17 @@ def _check_block(header: Header, head: Model, family: _Family) -> None:
             f"'{_CONVERT}' writes them"
         )
     family.check_head(header, head)
+    # What the engine makes of a trunk it makes of it without a draft too.
+    _check_types(header, (f"blk.{head.n_layer}.",) if head.kind == TRUNK_AND_HEAD else ("",))
+
+
+def _check_types(header: Header, prefixes: tuple[str, ...]) -> None:
+    """Whether the engine can multiply with the tensors whose names begin so."""
+    path = header.path
     for name, shape in header.tensors.items():
         kind = header.types[name]
-        if head.kind == TRUNK_AND_HEAD and not name.startswith(f"blk.{head.n_layer}."):
-            continue  # what the engine makes of the trunk it makes of it without a draft too
+        if not name.startswith(prefixes):
+            continue
         if len(shape) < 2 and kind != "F32":
             raise ValueError(f"{path}: {shown(name)} is of type {kind}; expected F32: the engine aborts on any other")
         if kind in _NO_WEIGHTS:

@@ -28,7 +28,16 @@ from ..engine import (
 )
 from ..gguf import check_inside, check_pair, read_header
 from ..settings import current as settings
-from ..speculation import AdaptiveDepth, ChainDrafter, CommonSpeculative, Drafter, MtpDrafter, NgramDrafter, NoDrafter
+from ..speculation import (
+    AdaptiveDepth,
+    ChainDrafter,
+    CommonSpeculative,
+    Drafter,
+    DsparkDrafter,
+    MtpDrafter,
+    NgramDrafter,
+    NoDrafter,
+)
 from .checkpoints import Checkpoints
 from .contract import ContextParams, Llama
 from .library import current as library
@@ -248,12 +257,17 @@ def _depths(draft: Draft, params: ContextParams, rollback: int) -> tuple[int, in
     A verify takes one row more, and has to fit a micro-batch for its rows to be rolled back.
     """
     room = max(0, min(int(params.n_batch), int(params.n_ubatch)) - 1)
-    most = min(draft.num_pred_tokens, MAX_PRED_TOKENS, room)
+    most = min(draft.num_pred_tokens, MAX_PRED_TOKENS, room, _of_block(draft) or MAX_PRED_TOKENS)
     of_text = min(room, _OF_TEXT_BY_COPIES if rollback == ROLLBACK_COPIES else MAX_PRED_TOKENS)
     if not isinstance(draft, MtpDraft):
         return 0, min(most, of_text)
     ngram = draft.adaptive if draft.ngram is None else draft.ngram
     return most, of_text if ngram else 0
+
+
+def _of_block(draft: Draft) -> int:
+    """Tokens that the head drafts at once, 0 where it makes one after the other or there is none."""
+    return draft.of_block if isinstance(draft, MtpDraft) else 0
 
 
 def _open(llama: Llama, draft: Draft, *, tested: bool) -> Session | None:
@@ -301,7 +315,7 @@ def _open(llama: Llama, draft: Draft, *, tested: bool) -> Session | None:
             llama,
             draft,
             spec,
-            depth=AdaptiveDepth(of_head) if draft.adaptive and exact else None,
+            depth=AdaptiveDepth(of_head, at_once=_of_block(draft) > 0) if draft.adaptive and exact else None,
             checkpoints=checkpoints,
             inexact=draft.exact is False and not settings().strict,
             single_rows=1 if alone else SINGLE_ROWS,
@@ -347,7 +361,7 @@ def _open_drafter(
     return ChainDrafter(NgramDrafter(), head) if of_text else head
 
 
-def _open_head(llama: Llama, draft: MtpDraft, target: Context, on_error: ExitStack, *, alone: bool) -> MtpDrafter:
+def _open_head(llama: Llama, draft: MtpDraft, target: Context, on_error: ExitStack, *, alone: bool) -> Drafter:
     """
     Args:
         alone: as long as the drafter is open GPUs are to compute few rows as if each were alone.
@@ -363,30 +377,47 @@ def _open_head(llama: Llama, draft: MtpDraft, target: Context, on_error: ExitSta
     if alone:
         library().ask_rows_alone(True)
         resources.callback(library().ask_rows_alone, False)
+    at_once = draft.of_block
     window = target.window or _LOOKS_BACK
     # A window of rows per decode, and room for three windows, whatever the target's context length is.
     context = model.new_context(
         like=_bytes(llama.context_params),
-        mtp=True,
+        mtp=not at_once,
         n_ctx=3 * window,
-        n_batch=window,
-        n_ubatch=window,
+        n_batch=max(window, at_once),
+        n_ubatch=max(window, at_once),
         n_seq_max=1,
         n_rs_seq=0,
-        n_outputs_max=1,
-        n_outputs_max_per_seq=1,
+        n_outputs_max=max(1, at_once),
+        n_outputs_max_per_seq=max(1, at_once),
         swa_full=False,
         embeddings=False,
         n_threads=draft.n_threads or llama.n_threads,
         n_threads_batch=draft.n_threads_batch or llama.n_threads_batch,
+        # A DSpark head has the target's embeddings and output.
+        **({"ctx_other": ffi.cast("struct llama_context *", llama._ctx.ctx)} if at_once else {}),
     )
     on_error.callback(context.close)
+    chosen = gate(draft)
+    if at_once:
+        if context.n_vocab != target.n_vocab:
+            raise ValueError(f"{draft.model_path} does not belong to {llama.model_path} as the engine loaded it")
+        target.keep_layers(model.target_layers)
+        return DsparkDrafter(
+            context,
+            width=target.n_hidden,
+            n_block=at_once,
+            mask=context.mask,
+            confident="conf_proj.weight" in read_header(draft.model_path or "").tensors,
+            window=window,
+            gate=chosen,
+            on_close=resources.close,
+        )
     if (context.n_embd_out, context.n_vocab) != (target.n_embd_out, target.n_vocab):
         raise ValueError(
             f"{draft.model_path or 'its MTP block'} does not belong to {llama.model_path} as the engine loaded it; "
             "take the MTP GGUF that was converted from the same checkpoint"
         )
-    chosen = gate(draft)
     n_gpu_layers = llama.model_params.n_gpu_layers if draft.n_gpu_layers is None else draft.n_gpu_layers
     if chosen.open and _on_gpu(n_gpu_layers):
         context.pick_in_graph()

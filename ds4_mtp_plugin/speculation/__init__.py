@@ -2,7 +2,7 @@
 
 from .common_speculative import CommonSpeculative, RollbackRefused, Verify
 from .depth import AdaptiveDepth, FixedDepth, Gate
-from .drafters import NOTHING_READY, ChainDrafter, Drafter, MtpDrafter, NgramDrafter, NoDrafter, Ready
+from .drafters import NOTHING_READY, ChainDrafter, Drafter, DsparkDrafter, MtpDrafter, NgramDrafter, NoDrafter, Ready
 
 __all__ = [
     "NOTHING_READY",
@@ -10,6 +10,7 @@ __all__ = [
     "ChainDrafter",
     "CommonSpeculative",
     "Drafter",
+    "DsparkDrafter",
     "FixedDepth",
     "Gate",
     "MtpDrafter",

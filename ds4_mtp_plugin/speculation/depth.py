@@ -91,12 +91,14 @@ class AdaptiveDepth:
     One object serves one Llama, over all of its generations. It reads no clock: whoever decodes tells it.
     """
 
-    def __init__(self, n_max: int) -> None:
+    def __init__(self, n_max: int, *, at_once: bool = False) -> None:
         """
         Args:
             n_max: the greatest number of drafts of the head; 0 where there is none.
+            at_once: the head makes them all in the time of one.
         """
         self.n_max = n_max
+        self._at_once = at_once
         self._decodes: dict[int, _Times] = {}  # by number of rows
         self._drafts: dict[int, _Times] = {}  # by number of drafts
         self._enough = _BELIEVED
@@ -155,6 +157,8 @@ class AdaptiveDepth:
         made = len(self._leads)
         if made >= self._most:
             return False
+        if self._at_once:
+            return True
         known = self._known()
         stop = max(self._gain(known[:k]) for k in range(made + 1))
         rest = [*known, *self._rates[made:]]
@@ -310,8 +314,9 @@ class AdaptiveDepth:
         believed = {n: times.median for n, times in self._drafts.items() if times.n >= self._enough}
         if believed:
             known = min(believed, key=lambda n: abs(n - k))
-            return believed[known] * k / known
-        return k * min(0.1 * self._decode(1), *(times.least / n for n, times in self._drafts.items()), math.inf)
+            return believed[known] * (1 if self._at_once else k / known)
+        least = min(0.1 * self._decode(1), *(times.least / n for n, times in self._drafts.items()), math.inf)
+        return least if self._at_once else k * least
 
 
 class FixedDepth(AdaptiveDepth):

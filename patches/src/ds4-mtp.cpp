@@ -111,6 +111,36 @@ bool ds4_mtp_get_hidden(llama_context * ctx, int32_t i, float * dst) {
     return true;
 }
 
+int32_t ds4_mtp_target_layers(const llama_model * model, int32_t * ids, int32_t n) {
+    const int32_t n_layers = (int32_t) llama_model_target_layer_ids_n(model);
+    std::copy_n(llama_model_target_layer_ids(model), std::min(n, n_layers), ids);
+    return n_layers;
+}
+
+bool ds4_mtp_set_layer_input(llama_context * ctx, int32_t il, bool on) {
+    const llama_model * model = llama_get_model(ctx);
+    // the graphs of some other models would end the process
+    if (model->arch != LLM_ARCH_DEEPSEEK4 || il < 0 || il > (int32_t) model->hparams.n_layer()) {
+        return false;
+    }
+    llama_set_embeddings_layer_inp(ctx, il, on);
+    return true;
+}
+
+bool ds4_mtp_get_layer_input(llama_context * ctx, int32_t il, int32_t i, float * dst) {
+    const llama_model * model = llama_get_model(ctx);
+    if (il < 0 || il > (int32_t) model->hparams.n_layer() || i < 0 || i >= (int32_t) llama_n_batch(ctx)) {
+        return false;
+    }
+    const float * rows = llama_get_embeddings_layer_inp(ctx, il);
+    if (rows == nullptr) {
+        return false;
+    }
+    const int32_t n_embd = llama_model_n_embd(model);
+    std::copy_n(rows + (size_t) i*n_embd, n_embd, dst);
+    return true;
+}
+
 bool ds4_mtp_set_head_offset(llama_context * ctx, int32_t offset) {
     if (offset < 0 || offset >= llama_model_n_layer_nextn(llama_get_model(ctx))) {
         return false;
@@ -121,9 +151,10 @@ bool ds4_mtp_set_head_offset(llama_context * ctx, int32_t offset) {
 
 int32_t ds4_mtp_window(const llama_model * model) {
     const llama_hparams & hparams = model->hparams;
-    // DeepSeek-V4's layers have a window each, and no pattern
+    // DeepSeek-V4's layers have a window each, and no pattern; a head of its own is all layers
     const bool windowed = hparams.swa_type != LLAMA_SWA_TYPE_NONE &&
-        (model->arch == LLM_ARCH_DEEPSEEK4 || (hparams.n_layer_nextn > 0 && hparams.is_swa(hparams.n_layer())));
+        (model->arch == LLM_ARCH_DEEPSEEK4 || model->arch == LLM_ARCH_DFLASH ||
+         (hparams.n_layer_nextn > 0 && hparams.is_swa(hparams.n_layer())));
     return windowed ? (int32_t) hparams.n_swa : 0;
 }
 

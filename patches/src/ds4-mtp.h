@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 // Raised when a declaration below changes in a way that an older binding would misread.
-#define DS4_MTP_ABI 5
+#define DS4_MTP_ABI 6
 
 LLAMA_API int32_t      ds4_mtp_abi(void);
 // A hash over this patch set (its diffs and sources), for reports and for telling stale builds.
@@ -54,6 +54,18 @@ LLAMA_API bool ds4_mtp_set_hidden(struct llama_context * ctx, int32_t mode);
 // Copies the hidden row of batch row i of the last decode to dst[n_embd_out]; i < 0 counts from the last output row.
 // Rows live until the next decode of the context. Returns false where there is no such row.
 LLAMA_API bool ds4_mtp_get_hidden(struct llama_context * ctx, int32_t i, float * dst);
+
+// The layers whose inputs a DSpark or DFlash head reads of its model: how many, of which up to n go to ids. 0 for any other
+// model.
+LLAMA_API int32_t ds4_mtp_target_layers(const struct llama_model * model, int32_t * ids, int32_t n);
+
+// Whether decodes keep the input rows of layer il, of llama_model_n_embd floats each, of every row of the batch. Takes effect
+// with the next decode, which reserves graphs anew. Returns false where the model has no such layer, or keeps no inputs.
+LLAMA_API bool ds4_mtp_set_layer_input(struct llama_context * ctx, int32_t il, bool on);
+
+// Copies that of batch row i of the last decode to dst. Rows live until the next decode of the context. Returns false where
+// they are not kept or i is not a row of any batch.
+LLAMA_API bool ds4_mtp_get_layer_input(struct llama_context * ctx, int32_t il, int32_t i, float * dst);
 
 // Which of the model's appended NextN blocks an MTP context runs. Returns false where the model has no such block.
 LLAMA_API bool ds4_mtp_set_head_offset(struct llama_context * ctx, int32_t offset);

@@ -2,8 +2,19 @@
 
 from .chain import ChainDrafter
 from .drafter import NOTHING_READY, Drafter, More, Ready
+from .dspark import DsparkDrafter
 from .mtp import MtpDrafter
 from .ngram import NgramDrafter
 from .none import NoDrafter
 
-__all__ = ["NOTHING_READY", "ChainDrafter", "Drafter", "More", "MtpDrafter", "NgramDrafter", "NoDrafter", "Ready"]
+__all__ = [
+    "NOTHING_READY",
+    "ChainDrafter",
+    "Drafter",
+    "DsparkDrafter",
+    "More",
+    "MtpDrafter",
+    "NgramDrafter",
+    "NoDrafter",
+    "Ready",
+]
