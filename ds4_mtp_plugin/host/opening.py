@@ -183,7 +183,7 @@ def depth_in_scope(model: int | None, params: ContextParams) -> int | None:
 def head_in_scope() -> bool:
     """Whether the model that is loaded now needs the MTP block that is in its file."""
     draft = _scope.get()
-    return isinstance(draft, MtpDraft) and draft.model_path is None
+    return isinstance(draft, MtpDraft) and draft.model_path is None and draft.num_pred_tokens > 0
 
 
 def refuse_embeddings(model: int | None) -> str | None:
@@ -419,7 +419,7 @@ def _open_head(llama: Llama, draft: MtpDraft, target: Context, on_error: ExitSta
             "take the MTP GGUF that was converted from the same checkpoint"
         )
     n_gpu_layers = llama.model_params.n_gpu_layers if draft.n_gpu_layers is None else draft.n_gpu_layers
-    if chosen.open and _on_gpu(n_gpu_layers):
+    if chosen.open and _on_gpu(n_gpu_layers) and target.window:  # of the others no graph was tried on a GPU
         context.pick_in_graph()
     return MtpDrafter(context, window=window, gate=chosen, on_close=resources.close)
 
