@@ -351,6 +351,7 @@ def race(contest: Contest, options: Options) -> None:
     contest.round()  # warm-up
     for each in contest.field:
         each.seconds.clear()
+        each.first.clear()
     for _ in range(options.rounds):
         contest.round()
 
@@ -380,13 +381,13 @@ def contest(options: Options, acceptance: str, kernels: str = "") -> dict[str, A
     together = Contest(files.trunk, ours, files.cycle[:64].tolist(), options.n_tokens, **options.llama)
     race(together, options)
     plain = together.field[0]
-    return {**together.results(), "plain run": {"seconds": plain.seconds, "text": plain.text}}
+    return {**together.results(), "plain run": {"seconds": plain.seconds, "first": plain.first, "text": plain.text}}
 
 
 def servers(options: Options, acceptance: str) -> dict[str, Any]:
     files = big(options, float(acceptance))
     before = json.loads((options.out / "results.json").read_text())[f"contest {acceptance}"]["plain run"]
-    plain = Contender("plain", dict, seconds=before["seconds"], text=before["text"])
+    plain = Contender("plain", dict, **before)
     plain.stats = dict  # type: ignore[method-assign]
     results = {}
     for each in field(options, files.mtp)[1]:

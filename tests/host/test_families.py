@@ -188,3 +188,4 @@ def test_without_a_draft_the_head_is_not_loaded(llama: Make, family: Family) -> 
     llama(family.trunk, draft_model=MtpDraft())
     assert not llama(family.trunk).model_params.load_mtp
     assert llama(family.trunk, draft_model=MtpDraft()).model_params.load_mtp
+    assert not llama(family.trunk, draft_model=MtpDraft(num_pred_tokens=0)).model_params.load_mtp
