@@ -34,7 +34,7 @@ class Scripted:
 
     def process(self, seq_id: int, n_past: int, tokens: Sequence[int], hidden: Any) -> None: ...
 
-    def draft(self, seq_id: int, n_past: int, id_last: int, n_max: int) -> list[int]:
+    def draft(self, seq_id: int, n_past: int, id_last: int, n_max: int, more: Any = None) -> list[int]:
         return list(self.drafts[:n_max])
 
     def rollback(self, seq_id: int, n_past: int) -> None: ...
