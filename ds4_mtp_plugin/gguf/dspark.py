@@ -17,6 +17,11 @@ _CONVERT = "convert_hf_to_gguf.py --dspark --target-model-dir DIR"
 _ROOT = ("fc", "enc.output_norm", "output_norm", "output_hc_fn", "output_hc_base", "output_hc_scale")
 _MARKOV = ("markov_w1", "markov_w2")
 _BLOCK = ("attn_norm", "attn_sinks", "attn_kv", "attn_kv_a_norm", "ffn_gate_inp", "ffn_norm", "ffn_gate_shexp")
+_SIZES = (
+    *("embedding_length", "block_count", "attention.head_count", "attention.key_length", "attention.q_lora_rank"),
+    *("attention.output_group_count", "attention.output_lora_rank", "rope.dimension_count"),
+    *("expert_count", "expert_used_count", "expert_feed_forward_length"),
+)
 _MOST = 64  # tokens of a block: a damaged file may ask for any number
 _WIDEST_WINDOW = 4096
 
@@ -39,6 +44,22 @@ def check_head(header: Header, head: Model) -> None:
         raise ValueError(
             f"{path} has {shown(head.n_hc)} hyper-connection streams; expected 4: the engine aborts on others"
         )
+    sizes: dict[str, int] = {}
+    for key in _SIZES:
+        value = header.metadata.get(f"dflash.{key}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{path}: {key} is {shown(value)}; expected 1 or more: the engine aborts on any other")
+        sizes[key] = value
+    for more, less, divides in (
+        ("expert_count", "expert_used_count", False),
+        ("attention.key_length", "rope.dimension_count", False),
+        ("attention.head_count", "attention.output_group_count", True),
+    ):
+        if sizes[less] > sizes[more] or (divides and sizes[more] % sizes[less]):
+            raise ValueError(
+                f"{path}: {less} is {sizes[less]} with {more} {sizes[more]}, which the engine aborts on; expected a "
+                f"DSpark head as '{_CONVERT}' writes it"
+            )
     n_layer = head.n_layer or 0
     names = {f"{name}.weight" for name in (*_ROOT, *_MARKOV)}
     names |= {f"blk.{i}.{name}.weight" for i in range(n_layer) for name in _BLOCK}

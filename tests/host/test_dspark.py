@@ -184,6 +184,10 @@ def test_the_file_says_what_it_is(
         ({"attention.sliding_window": 0}, "sliding window of 0 rows"),
         ({"target_layers": [1, 2]}, r"target_layers is .1, 2., and fc reads 384 values"),
         ({"block_count": 4}, "lacks blk.3.attn_kv.weight"),
+        ({"block_count": 0}, "block_count is 0; expected 1 or more"),
+        ({"attention.output_group_count": 0}, "output_group_count is 0; expected 1 or more"),
+        ({"attention.output_group_count": 3}, "output_group_count is 3 with attention.head_count 4"),
+        ({"expert_used_count": 9}, "expert_used_count is 9 with expert_count 8"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
