@@ -47,6 +47,8 @@ def check_head(header: Header, head: Model) -> None:
     sizes: dict[str, int] = {}
     for key in _SIZES:
         value = header.metadata.get(f"dflash.{key}")
+        if isinstance(value, tuple) and value:  # one for each stage
+            value = min(value)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{path}: {key} is {shown(value)}; expected 1 or more: the engine aborts on any other")
         sizes[key] = value
