@@ -22,7 +22,7 @@ _SIZES = (
     *("attention.output_group_count", "attention.output_lora_rank", "rope.dimension_count"),
     *("expert_count", "expert_used_count", "expert_feed_forward_length"),
 )
-_MOST = 64  # tokens of a block: a damaged file may ask for any number
+_MOST = 64  # tokens of a block, stages, layers of the target: a damaged file may ask for any number
 _WIDEST_WINDOW = 4096
 
 
@@ -52,6 +52,8 @@ def check_head(header: Header, head: Model) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{path}: {key} is {shown(value)}; expected 1 or more: the engine aborts on any other")
         sizes[key] = value
+    if sizes["block_count"] > _MOST:
+        raise ValueError(f"{path}: block_count is {sizes['block_count']}; expected {_MOST} at most (3 in DeepSeek-V4)")
     for more, less, divides in (
         ("expert_count", "expert_used_count", False),
         ("attention.key_length", "rope.dimension_count", False),
@@ -70,20 +72,29 @@ def check_head(header: Header, head: Model) -> None:
             f"{path} lacks {', '.join(missing[:6])}{' ...' if missing[6:] else ''}; expected a DSpark head as "
             f"'{_CONVERT}' writes it"
         )
+    for name in ("fc.weight", *(f"{each}.weight" for each in _MARKOV)):
+        if len(header.tensors[name]) != 2:
+            raise ValueError(f"{path}: {name} has {len(header.tensors[name])} dimensions; expected 2")
     if not 1 <= n_block(header) <= _MOST:
         raise ValueError(
             f"{path}: block_size is {shown(header.metadata.get('dflash.block_size'))}; expected 1 to {_MOST} (5 in "
             "DeepSeek-V4): the engine aborts without one"
         )
+    for key, expected in (("attention.head_count_kv", 1), ("embedding_length_out", head.n_embd)):
+        if (value := header.metadata.get(f"dflash.{key}", expected)) != expected:
+            raise ValueError(f"{path}: {key} is {shown(value)}; expected {shown(expected)}")
     if header.metadata.get("dflash.sample_from_anchor", True) is False:
         raise ValueError(f"{path}: sample_from_anchor is false, which DeepSeek-V4's heads are not; expected true")
     if not isinstance(header.metadata.get("tokenizer.ggml.mask_token_id"), int):
         raise ValueError(f"{path} names no mask token; expected a DSpark head as '{_CONVERT}' writes it")
-    if not isinstance(head.window, int) or not 0 < head.window <= _WIDEST_WINDOW:
-        raise ValueError(f"{path} has a sliding window of {shown(head.window)} rows; expected 1 to {_WIDEST_WINDOW}")
+    if not isinstance(head.window, int) or not n_block(header) <= head.window <= _WIDEST_WINDOW:
+        raise ValueError(
+            f"{path} has a sliding window of {shown(head.window)} rows; expected {n_block(header)}, its block, to "
+            f"{_WIDEST_WINDOW}"
+        )
     layers = header.metadata.get("dflash.target_layers", ())
     width = header.tensors["fc.weight"][0]
-    if not isinstance(layers, tuple) or not layers or width != len(layers) * (head.n_embd or 0):
+    if not isinstance(layers, tuple) or not 1 <= len(layers) <= _MOST or width != len(layers) * (head.n_embd or 0):
         raise ValueError(
             f"{path}: target_layers is {shown(layers)}, and fc reads {width} values; expected {shown(head.n_embd)} for "
             "each layer"

@@ -69,6 +69,14 @@ def _glm4moe(header: Header, head: Model) -> str | None:
 
 
 def _mla(header: Header, head: Model) -> str | None:
+    dense, scale = (
+        header.metadata.get(f"{head.architecture}.{key}", 0)
+        for key in ("leading_dense_block_count", "attention.temperature_scale")
+    )
+    if isinstance(dense, int) and dense > (head.n_layer or 0):
+        return f"leading_dense_block_count is {dense}; expected {head.n_layer} at most: the MTP block has experts"
+    if scale and head.architecture == "deepseek2":
+        return f"attention.temperature_scale is {shown(scale)}, for which the engine has no MTP graph; expected 0"
     for key in ("attention.q_lora_rank", "attention.key_length_mla"):
         value = header.metadata.get(f"{head.architecture}.{key}", 0)
         if not isinstance(value, int) or value < 1:
@@ -76,7 +84,18 @@ def _mla(header: Header, head: Model) -> str | None:
     return None
 
 
-_MLA = ("attn_q_a", "attn_k_b", "attn_v_b")
+def _hy_v3(header: Header, head: Model) -> str | None:
+    names = {name for name in header.tensors if name.startswith(f"blk.{head.n_layer}.")}
+    experts = f"blk.{head.n_layer}.ffn_gate_inp.weight" in names
+    needed = _HY_EXPERTS if experts else ("ffn_gate", "ffn_up", "ffn_down")
+    missing = [name for name in needed if f"blk.{head.n_layer}.{name}.weight" not in names]
+    if missing == ["ffn_gate_exps", "ffn_up_exps"] and f"blk.{head.n_layer}.ffn_gate_up_exps.weight" in names:
+        return None
+    return f"its MTP block lacks {', '.join(missing)}" if missing else None
+
+
+_MLA = ("attn_q_a", "attn_k_b", "attn_v_b", "ffn_gate_inp")
+_HY_EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
 _EXPERTS = ("ffn_gate_inp", "ffn_gate_shexp")
 
 #: By architecture.
@@ -88,7 +107,7 @@ FAMILIES = {
     "deepseek2": Family("GLM-4.7-Flash", _MLA, _mla),
     "deepseek32": Family("DeepSeek-V3.2", _MLA, _mla),
     "glm-dsa": Family("GLM-5", _MLA, _mla),
-    "hy_v3": Family("Hunyuan V3"),
+    "hy_v3": Family("Hunyuan V3", (), _hy_v3),
     "nemotron_h_moe": Family("Nemotron 3 with experts", ("ffn_gate_inp", "nextn.shared_head_norm")),
     "bailingmoe3": Family("Ling 3", _MLA[1:]),
     "cohere2moe": Family("Command A with experts", ("ffn_gate_inp",)),

@@ -154,7 +154,12 @@ def admit(arguments: Mapping[str, Any]) -> Admission | None:
             else:
                 check_pair(model_path, draft.model_path, overrides)
         on_gpu = _on_gpu(arguments.get("n_gpu_layers", 0))
-        tested = _rows_tested(model_path, flash=bool(arguments.get("flash_attn")), on_gpu=on_gpu)
+        tested = _rows_tested(
+            model_path,
+            flash=bool(arguments.get("flash_attn")),
+            ring=arguments.get("swa_full") is False,
+            on_gpu=on_gpu,
+        )
         caches = {kind for name in ("type_k", "type_v") if (kind := arguments.get(name)) is not None}
         n_rows = 1 + min(draft.num_pred_tokens, MAX_PRED_TOKENS)
         if _asks_for_exact(draft) and (
@@ -212,26 +217,32 @@ def _asks_for_exact(draft: Draft) -> bool:
     return bool(draft.exact or settings().strict)
 
 
-def _rows_tested(model_path: str, *, flash: bool, on_gpu: bool) -> bool:
+def _rows_tested(model_path: str, *, flash: bool, ring: bool, on_gpu: bool) -> bool:
     """Whether a row of the model rounds alike alone and among few, as far as its attention is concerned.
 
     Flash attention on the CPU divides the work on a single row by the length of the text, except where there are sinks
-    (ggml/src/ggml-cpu/ops.cpp).
+    (ggml/src/ggml-cpu/ops.cpp). In a cache of a window's size (`ring`, swa_full=False) rows that were taken back leave
+    the next ones in other cells than without a draft, and the order of cells is that of sums.
     """
-    if not flash and not on_gpu:
+    if not flash and not ring and not on_gpu:
         return True
     try:
         header = read_header(model_path)
     except (OSError, ValueError):
         return False  # the host says what is wrong with the file
     sinks = any(name.endswith("attn_sinks.weight") for name in header.tensors)
-    return (sinks or not flash) and (not on_gpu or header.metadata.get("general.architecture") in _GPU_TESTED)
+    windowed = any(key.endswith(".attention.sliding_window") for key in header.metadata)
+    known = header.metadata.get("general.architecture") in _GPU_TESTED
+    return not (ring and windowed) and (sinks or not flash) and (known or not on_gpu)
 
 
 def _why_not_exact(n_gpu_layers: int, n_rows: int, caches: AbstractSet[int], *, tested: bool) -> str | None:
     """Why a row may round otherwise in a verify of `n_rows` than alone, None where it need not. `caches`: GGML types"""
     if not tested:
-        return "the attention of this model computes a single row in another order than several (flash_attn, or a GPU)"
+        return (
+            "the attention of this model computes a single row in another order than several (flash_attn, "
+            "swa_full=False, or a GPU)"
+        )
     machine = platform.machine().lower()
     if machine not in ("x86_64", "amd64"):
         return f"it was tested on no CPU of this kind ({machine}), on x86-64 alone"

@@ -54,7 +54,9 @@ def test_the_text_is_plain_on_any_model(
             stats = draft.stats
             assert stats.ngram_iters == stats.iters > 5
             assert stats.ngram_proposed == stats.proposed > stats.accepted == stats.ngram_accepted > 0
-            assert stats.exact == (GPU_LAYERS == 0) and stats.draft_decodes == 0
+            # In a ring of a window's size rows come to lie in other cells than without a draft.
+            ring = architecture == "gemma3" and "swa_full" in options
+            assert stats.exact == (GPU_LAYERS == 0 and not ring) and stats.draft_decodes == 0
     assert texts[0] == texts[1] == texts[2]
 
 
