@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llama_cpp import Llama
+import numpy as np
+from llama_cpp import Llama, LogitsProcessorList
 
 
 def generate(llm: Llama, prompt: Sequence[int], n: int, **sampling: Any) -> list[int]:
@@ -19,3 +20,15 @@ def generate(llm: Llama, prompt: Sequence[int], n: int, **sampling: Any) -> list
             generator.close()
             break
     return tokens
+
+
+def text_and_logits(llm: Llama, prompt: Sequence[int], n: int, **sampling: Any) -> tuple[list[int], Any]:
+    """As `generate`, and the logits that each token was chosen by, shape (n, n_vocab)."""
+    rows: list[Any] = []
+
+    def keep(_: Any, scores: Any) -> Any:
+        rows.append(np.array(scores, dtype=np.float32))
+        return scores
+
+    text = generate(llm, prompt, n, logits_processor=LogitsProcessorList([keep]), **sampling)
+    return text, np.stack(rows[:n])

@@ -9,7 +9,7 @@ from .header import Header, shown
 if TYPE_CHECKING:
     from .heads import Model
 
-__all__ = ["INSIDE", "MAY_DIFFER", "NAME", "check_base", "check_head"]
+__all__ = ["INSIDE", "MAY_DIFFER", "NAME", "WIDEST_WINDOW", "check_base", "check_head"]
 
 NAME = "DeepSeek-V4"
 # In the model's own file both would share one output mixing.
@@ -31,7 +31,7 @@ _BLOCK = (
 )
 
 _MAX_LAYERS = 512  # the engine's LLAMA_MAX_LAYERS
-_WIDEST_WINDOW = 4096  # rows: the head's context is three windows, and a damaged file may ask for gigabytes
+WIDEST_WINDOW = 4096  # rows: the head's context is three windows, and a damaged file may ask for gigabytes
 
 
 def check_head(header: Header, head: Model) -> None:
@@ -65,9 +65,9 @@ def check_base(header: Header, base: Model) -> None:
         raise ValueError(
             f"{path} has {shown(base.n_hc)} hyper-connection streams; expected 4: the engine aborts on any other number"
         )
-    if not isinstance(base.window, int) or not 0 < base.window <= _WIDEST_WINDOW:
+    if not isinstance(base.window, int) or not 0 < base.window <= WIDEST_WINDOW:
         raise ValueError(
-            f"{path} has a sliding window of {shown(base.window)} rows; expected 1 to {_WIDEST_WINDOW} (128 in "
+            f"{path} has a sliding window of {shown(base.window)} rows; expected 1 to {WIDEST_WINDOW} (128 in "
             "DeepSeek-V4): the head's context is three windows"
         )
     if 4 not in base.ratios[: base.n_layer]:

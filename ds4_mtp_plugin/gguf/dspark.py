@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .deepseek4 import WIDEST_WINDOW
 from .header import Header, shown
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ _SIZES = (
     *("expert_count", "expert_used_count", "expert_feed_forward_length"),
 )
 _MOST = 64  # tokens of a block, stages, layers of the target: a damaged file may ask for any number
-_WIDEST_WINDOW = 4096
 
 
 def n_block(header: Header) -> int:
@@ -44,6 +44,36 @@ def check_head(header: Header, head: Model) -> None:
         raise ValueError(
             f"{path} has {shown(head.n_hc)} hyper-connection streams; expected 4: the engine aborts on others"
         )
+    _check_sizes(header)
+    _check_tensors(header, head)
+    if not 1 <= n_block(header) <= _MOST:
+        raise ValueError(
+            f"{path}: block_size is {shown(header.metadata.get('dflash.block_size'))}; expected 1 to {_MOST} (5 in "
+            "DeepSeek-V4): the engine aborts without one"
+        )
+    for key, expected in (("attention.head_count_kv", 1), ("embedding_length_out", head.n_embd)):
+        if (value := header.metadata.get(f"dflash.{key}", expected)) != expected:
+            raise ValueError(f"{path}: {key} is {shown(value)}; expected {shown(expected)}")
+    if header.metadata.get("dflash.sample_from_anchor", True) is False:
+        raise ValueError(f"{path}: sample_from_anchor is false, which DeepSeek-V4's heads are not; expected true")
+    if not isinstance(header.metadata.get("tokenizer.ggml.mask_token_id"), int):
+        raise ValueError(f"{path} names no mask token; expected a DSpark head as '{_CONVERT}' writes it")
+    if not isinstance(head.window, int) or not n_block(header) <= head.window <= WIDEST_WINDOW:
+        raise ValueError(
+            f"{path} has a sliding window of {shown(head.window)} rows; expected {n_block(header)}, its block, to "
+            f"{WIDEST_WINDOW}"
+        )
+    layers = header.metadata.get("dflash.target_layers", ())
+    width = header.tensors["fc.weight"][0]
+    if not isinstance(layers, tuple) or not 1 <= len(layers) <= _MOST or width != len(layers) * (head.n_embd or 0):
+        raise ValueError(
+            f"{path}: target_layers is {shown(layers)}, and fc reads {width} values; expected {shown(head.n_embd)} for "
+            "each layer"
+        )
+
+
+def _check_sizes(header: Header) -> None:
+    path = header.path
     sizes: dict[str, int] = {}
     for key in _SIZES:
         value = header.metadata.get(f"dflash.{key}")
@@ -64,6 +94,10 @@ def check_head(header: Header, head: Model) -> None:
                 f"{path}: {less} is {sizes[less]} with {more} {sizes[more]}, which the engine aborts on; expected a "
                 f"DSpark head as '{_CONVERT}' writes it"
             )
+
+
+def _check_tensors(header: Header, head: Model) -> None:
+    path = header.path
     n_layer = head.n_layer or 0
     names = {f"{name}.weight" for name in (*_ROOT, *_MARKOV)}
     names |= {f"blk.{i}.{name}.weight" for i in range(n_layer) for name in _BLOCK}
@@ -75,30 +109,6 @@ def check_head(header: Header, head: Model) -> None:
     for name in ("fc.weight", *(f"{each}.weight" for each in _MARKOV)):
         if len(header.tensors[name]) != 2:
             raise ValueError(f"{path}: {name} has {len(header.tensors[name])} dimensions; expected 2")
-    if not 1 <= n_block(header) <= _MOST:
-        raise ValueError(
-            f"{path}: block_size is {shown(header.metadata.get('dflash.block_size'))}; expected 1 to {_MOST} (5 in "
-            "DeepSeek-V4): the engine aborts without one"
-        )
-    for key, expected in (("attention.head_count_kv", 1), ("embedding_length_out", head.n_embd)):
-        if (value := header.metadata.get(f"dflash.{key}", expected)) != expected:
-            raise ValueError(f"{path}: {key} is {shown(value)}; expected {shown(expected)}")
-    if header.metadata.get("dflash.sample_from_anchor", True) is False:
-        raise ValueError(f"{path}: sample_from_anchor is false, which DeepSeek-V4's heads are not; expected true")
-    if not isinstance(header.metadata.get("tokenizer.ggml.mask_token_id"), int):
-        raise ValueError(f"{path} names no mask token; expected a DSpark head as '{_CONVERT}' writes it")
-    if not isinstance(head.window, int) or not n_block(header) <= head.window <= _WIDEST_WINDOW:
-        raise ValueError(
-            f"{path} has a sliding window of {shown(head.window)} rows; expected {n_block(header)}, its block, to "
-            f"{_WIDEST_WINDOW}"
-        )
-    layers = header.metadata.get("dflash.target_layers", ())
-    width = header.tensors["fc.weight"][0]
-    if not isinstance(layers, tuple) or not 1 <= len(layers) <= _MOST or width != len(layers) * (head.n_embd or 0):
-        raise ValueError(
-            f"{path}: target_layers is {shown(layers)}, and fc reads {width} values; expected {shown(head.n_embd)} for "
-            "each layer"
-        )
 
 
 def check_pair(of_base: Header, base: Model, of_head: Header, head: Model) -> None:

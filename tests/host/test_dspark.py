@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llama_cpp import Llama, LogitsProcessorList
+from llama_cpp import Llama
 
 from ds4_mtp_plugin import MtpDraft, cli
 from ds4_mtp_plugin.gguf import DSPARK, check_head, check_pair, read_model
@@ -18,7 +18,7 @@ from tests.fixtures import GPU_LAYERS
 from tests.fixtures.dspark_gguf import N_BLOCK, write_dspark
 from tests.fixtures.mtp_gguf import plant as plant_family
 from tests.fixtures.planted import BY_CONTEXT, SMALL, TINY, Planted
-from tests.text import generate
+from tests.text import generate, text_and_logits
 
 Make = Callable[..., Llama]
 Plant = Callable[..., Planted]
@@ -32,17 +32,6 @@ def files(plant: Plant) -> Planted:
 @pytest.fixture
 def head(files: Planted, tmp_path: Path) -> Path:
     return write_dspark(tmp_path / "dspark.gguf", files, TINY, noise=0.1)
-
-
-def text_and_logits(llm: Llama, prompt: list[int], n: int, **sampling: Any) -> tuple[list[int], Any]:
-    rows: list[Any] = []
-
-    def keep(_: Any, scores: Any) -> Any:
-        rows.append(np.array(scores, dtype=np.float32))
-        return scores
-
-    text = generate(llm, prompt, n, logits_processor=LogitsProcessorList([keep]), **sampling)
-    return text, np.stack(rows[:n])
 
 
 @pytest.mark.parametrize("sampling", [{"temp": 0.0}, {"temp": 1.0}], ids=["greedy", "seeded"])

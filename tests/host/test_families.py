@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llama_cpp import Llama, LogitsProcessorList
+from llama_cpp import Llama
 
 from ds4_mtp_plugin import MtpDraft, NgramDraft
+from ds4_mtp_plugin.gguf import check_inside
 from ds4_mtp_plugin.gguf.families import FAMILIES
 from tests.fixtures import GPU_LAYERS
 from tests.fixtures.mtp_gguf import Planted as Family
 from tests.fixtures.mtp_gguf import plant as plant_family
 from tests.fixtures.planted import Planted
-from tests.text import generate
+from tests.text import generate, text_and_logits
 
 Make = Callable[..., Llama]
 Plant = Callable[..., Planted]
@@ -32,18 +33,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest, directory: Path) -> Family:
     return plant_family(directory, request.param)
-
-
-def text_and_logits(llm: Llama, prompt: list[int], n: int, **sampling: Any) -> tuple[list[int], Any]:
-    """n tokens, and the logits that each was chosen by."""
-    rows: list[Any] = []
-
-    def keep(_: Any, scores: Any) -> Any:
-        rows.append(np.array(scores, dtype=np.float32))
-        return scores
-
-    text = generate(llm, prompt, n, logits_processor=LogitsProcessorList([keep]), **sampling)
-    return text, np.stack(rows[:n])
 
 
 @pytest.mark.parametrize("sampling", [{"temp": 0.0}, {"temp": 1.0}], ids=["greedy", "seeded"])
@@ -189,3 +178,39 @@ def test_without_a_draft_the_head_is_not_loaded(llama: Make, family: Family) -> 
     assert not llama(family.trunk).model_params.load_mtp
     assert llama(family.trunk, draft_model=MtpDraft()).model_params.load_mtp
     assert not llama(family.trunk, draft_model=MtpDraft(num_pred_tokens=0)).model_params.load_mtp
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides", "match"),
+    [
+        ("glm4moe", {"glm4moe.rope.dimension_sections": 1}, "rotary dimensions are in sections"),
+        ("deepseek2", {"deepseek2.attention.temperature_scale": 0.1}, r"temperature_scale is 0\.1.*expected 0"),
+        ("deepseek2", {"deepseek2.leading_dense_block_count": 4}, "leading_dense_block_count is 4; expected 3 at most"),
+        ("glm-dsa", {"glm-dsa.attention.q_lora_rank": 0}, "attention.q_lora_rank is 0"),
+        ("qwen35", {"qwen35.nextn_predict_layers": 2}, "1 MTP blocks and nextn_predict_layers 2; expected 1 and 1"),
+    ],
+)
+def test_what_the_engine_would_abort_on_is_refused(
+    llama: Make, directory: Path, architecture: str, overrides: dict[str, Any], match: str
+) -> None:
+    """Before anything is loaded; a Llama without a draft runs some of these."""
+    files = plant_family(directory, architecture)
+    with pytest.raises(ValueError, match=match):
+        llama(files.trunk, draft_model=MtpDraft(), kv_overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "without"),
+    [
+        ("hy_v3", "nextn.eh_proj"),
+        ("hy_v3", "ffn_down_exps"),
+        ("hy_v3", "ffn_gate_inp"),
+        ("deepseek2", "ffn_gate_inp"),
+        ("glm4moe", "ffn_gate_shexp"),
+        ("nemotron_h_moe", "nextn.shared_head_norm"),
+    ],
+)
+def test_a_head_that_lacks_a_tensor_is_refused(tmp_path: Path, architecture: str, without: str) -> None:
+    files = plant_family(tmp_path, architecture, without=without)
+    with pytest.raises(ValueError, match="has no MTP block" if "eh_proj" in without else "lacks"):
+        check_inside(files.trunk)

@@ -40,12 +40,19 @@ MACHINES = {
 }
 TEXTS = {"code": (0.9, 0.85, 0.8), "prose": (0.7, 0.6, 0.5), "hard": (0.5, 0.4, 0.3), "never": (0.0, 0.0, 0.0)}
 
+
+def noisy(rng: random.Random, seconds: float) -> float:
+    """Out by 5 % at random, and by half in one of fifty cases."""
+    seconds *= 1 + 0.05 * abs(rng.gauss(0, 1))
+    return seconds * 1.5 if rng.random() < 0.02 else seconds
+
+
 Rates = Callable[[int], Sequence[float]]  # by the number of tokens so far
 
 
 @dataclass
 class Run:
-    """Text on a machine, whose clock is out by 5 % at random, and by half in one of fifty cases."""
+    """Text on a machine, whose clock is `noisy`."""
 
     machine: Machine
     rates: Rates
@@ -59,8 +66,7 @@ class Run:
         self._noise, self._text = random.Random(self.seed), random.Random(self.seed + 1)
 
     def _takes(self, seconds: float) -> float:
-        seconds *= 1 + 0.05 * abs(self._noise.gauss(0, 1))
-        seconds *= 1.5 if self._noise.random() < 0.02 else 1
+        seconds = noisy(self._noise, seconds)
         self.seconds += seconds
         return seconds
 

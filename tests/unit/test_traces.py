@@ -16,7 +16,7 @@ import pytest
 
 from ds4_mtp_plugin.engine import Best
 from ds4_mtp_plugin.speculation import AdaptiveDepth
-from tests.unit.test_depth import MACHINES, N_MAX, Machine
+from tests.unit.test_depth import MACHINES, N_MAX, Machine, noisy
 
 # For each token how many of the drafts behind it are right, and the leads of their logits.
 Trace = list[tuple[int, list[float]]]
@@ -44,8 +44,7 @@ class Replay:
         return self.tokens / self.seconds
 
     def takes(self, seconds: float) -> float:
-        seconds *= 1 + 0.05 * abs(self._noise.gauss(0, 1))
-        seconds *= 1.5 if self._noise.random() < 0.02 else 1
+        seconds = noisy(self._noise, seconds)
         self.seconds += seconds
         return seconds
 

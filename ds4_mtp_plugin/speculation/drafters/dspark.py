@@ -50,7 +50,7 @@ class DsparkDrafter(RowDrafter):
         """
         super().__init__(
             context,
-            window=context.window if window is None else window,
+            window=window,
             width=width,
             gate=gate,
             on_close=on_close,

@@ -36,12 +36,11 @@ class MtpDrafter(RowDrafter):
     ) -> None:
         """
         Args:
-            context: an MTP context; and `gate`, `on_close`: as of `RowDrafter`.
-            window: rows that a draft looks back on; None for the head's own attention window.
+            context: an MTP context; and `window`, `gate`, `on_close`: as of `RowDrafter`.
         """
         super().__init__(
             context,
-            window=context.window if window is None else window,
+            window=window,
             width=context.n_embd_out,
             gate=gate,
             on_close=on_close,

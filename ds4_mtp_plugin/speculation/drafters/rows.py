@@ -30,7 +30,7 @@ class RowDrafter:
         self,
         context: Context,
         *,
-        window: int,
+        window: int | None,
         width: int,
         gate: Gate | None,
         on_close: Callable[[], None] | None,
@@ -39,12 +39,12 @@ class RowDrafter:
         Args:
             context: the head's, wholly this object's. Its ``n_batch`` and ``n_ubatch`` must hold a window of rows, and
                 each sequence's share of ``n_ctx`` three.
-            window: rows that a draft looks back on.
+            window: rows that a draft looks back on; None for the head's own attention window.
             width: floats of a row.
             gate: ends a draft early; None never does.
             on_close: called after the context is closed (to free its model).
         """
-        self.window = window
+        self.window = window = context.window if window is None else window
         per_seq = context.n_ctx // context.n_seq_max
         if window < 1 or min(context.n_batch, context.n_ubatch) < window or per_seq < 3 * window:
             raise ValueError(
