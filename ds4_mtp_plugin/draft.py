@@ -137,8 +137,8 @@ class MtpDraft(Draft):
                 micro-batch or the context has no room for as many, and to 16. None leaves it to `adaptive`.
             adaptive: whether each cycle's number of drafts, 0 to `num_pred_tokens` (3 where that is None), is the one
                 at which a token costs least, by what was measured of late. None: where `num_pred_tokens` is None. A
-                number that the clock decides changes no exact text; where the text is not exact, the number is fixed,
-                so that a rerun gives the same.
+                number that the clock decides changes no exact text; where the text is not exact, typical costs are
+                believed in its place, so that a rerun gives the same.
             ngram: whether text that repeats itself is drafted from itself, up to 16 tokens per cycle, where that is
                 expected to be faster than asking the head. None: where `adaptive` is in force.
             exact: True for the bytes of plain decoding, or a ValueError from the Llama that says why they cannot be

@@ -29,6 +29,8 @@ from ..engine import (
 from ..gguf import check_inside, check_pair, read_header
 from ..settings import current as settings
 from ..speculation import (
+    CPU_COSTS,
+    GPU_COSTS,
     AdaptiveDepth,
     ChainDrafter,
     CommonSpeculative,
@@ -37,6 +39,7 @@ from ..speculation import (
     MtpDrafter,
     NgramDrafter,
     NoDrafter,
+    NominalDepth,
 )
 from .checkpoints import Checkpoints
 from .contract import ContextParams, Llama
@@ -309,8 +312,6 @@ def _open(llama: Llama, draft: Draft, *, tested: bool) -> Session | None:
     # A GPU's kernels that give the bits of single rows are slower, so they are for those who ask for them.
     alone = on_gpu and _asks_for_exact(draft) and why_not is None
     exact = alone or (not on_gpu and why_not is None)
-    if isinstance(draft, MtpDraft) and draft.ngram is None and not exact:
-        of_text = 0
     if alone:
         of_text = min(of_text, library().gpu_rows - 1)
     with ExitStack() as on_error:
@@ -326,7 +327,7 @@ def _open(llama: Llama, draft: Draft, *, tested: bool) -> Session | None:
             llama,
             draft,
             spec,
-            depth=AdaptiveDepth(of_head, at_once=_of_block(draft) > 0) if draft.adaptive and exact else None,
+            depth=_depth(llama, of_head, exact=exact, at_once=_of_block(draft) > 0) if draft.adaptive else None,
             checkpoints=checkpoints,
             inexact=draft.exact is False and not settings().strict,
             single_rows=1 if alone else SINGLE_ROWS,
@@ -335,6 +336,15 @@ def _open(llama: Llama, draft: Draft, *, tested: bool) -> Session | None:
     # The host's stack runs backwards: the head goes before the target.
     llama._stack.callback(session.close)
     return session
+
+
+def _depth(llama: Llama, n_max: int, *, exact: bool, at_once: bool) -> AdaptiveDepth:
+    """What chooses each cycle's drafts: by the clock where that cannot change the text."""
+    if exact:
+        return AdaptiveDepth(n_max, at_once=at_once)
+    n_gpu_layers = _n_gpu_layers(llama.model_params.n_gpu_layers)
+    whole = _on_gpu(n_gpu_layers) and n_gpu_layers > llama_cpp.llama_model_n_layer(llama._model.model)
+    return NominalDepth(n_max, GPU_COSTS if whole else CPU_COSTS, at_once=at_once)
 
 
 def _recurrent(llama: Llama) -> bool:

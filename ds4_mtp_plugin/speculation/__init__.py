@@ -1,10 +1,12 @@
 """Speculation over an engine's contexts: the cycle, what proposes tokens, how many. Knows no host runtime."""
 
 from .common_speculative import CommonSpeculative, RollbackRefused, Verify
-from .depth import AdaptiveDepth, FixedDepth, Gate
+from .depth import CPU_COSTS, GPU_COSTS, AdaptiveDepth, FixedDepth, Gate, NominalDepth
 from .drafters import NOTHING_READY, ChainDrafter, Drafter, DsparkDrafter, MtpDrafter, NgramDrafter, NoDrafter, Ready
 
 __all__ = [
+    "CPU_COSTS",
+    "GPU_COSTS",
     "NOTHING_READY",
     "AdaptiveDepth",
     "ChainDrafter",
@@ -16,6 +18,7 @@ __all__ = [
     "MtpDrafter",
     "NgramDrafter",
     "NoDrafter",
+    "NominalDepth",
     "Ready",
     "RollbackRefused",
     "Verify",

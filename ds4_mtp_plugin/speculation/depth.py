@@ -319,6 +319,56 @@ class AdaptiveDepth:
         return least if self._at_once else k * least
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What is believed of a machine whose clock is not asked.
+
+    Attributes:
+        rows: what decodes of some numbers of rows take, by that number; in between, and behind, in proportion.
+        step: what a step of the head takes. A single row takes 1.
+    """
+
+    rows: tuple[tuple[int, float], ...]
+    step: float
+
+    def decode(self, n_rows: int) -> float:
+        at = min(max(1, bisect.bisect_left(self.rows, (n_rows, 0.0))), len(self.rows) - 1)
+        (n0, before), (n1, behind) = self.rows[at - 1], self.rows[at]
+        return before + (n_rows - n0) * (behind - before) / (n1 - n0)
+
+
+# An H100 with 12 layers of DeepSeek-V4-Flash's widths, and a CPU where rows are dear.
+GPU_COSTS = Costs(((1, 1.0), (2, 1.12), (3, 1.27), (4, 1.48), (5, 1.67), (8, 2.2), (9, 2.6), (17, 3.6)), 0.12)
+CPU_COSTS = Costs(((1, 1.0), (2, 1.4), (4, 2.1), (17, 6.0)), 0.15)
+
+
+class NominalDepth(AdaptiveDepth):
+    """An `AdaptiveDepth` that asks no clock: costs are believed, and what was accepted of late alone decides.
+
+    So a rerun drafts what the run did, and gives the same text also where a row rounds otherwise in a verify than
+    alone.
+    """
+
+    def __init__(self, n_max: int, costs: Costs, *, at_once: bool = False) -> None:
+        super().__init__(n_max, at_once=at_once)
+        self._costs = costs
+        for _ in range(2):  # the first one is not believed
+            self._note(self._decodes, "decode", 1, 1.0)
+
+    def drafted(self, n: int, seconds: float) -> None:
+        super().drafted(n, self._draft(n))
+
+    def decoded(self, n_rows: int, seconds: float) -> None:
+        super().decoded(n_rows, self._decode(n_rows))
+        self._cycles = 0  # no time has to be taken again
+
+    def _decode(self, n_rows: int) -> float:
+        return self._costs.decode(n_rows)
+
+    def _draft(self, k: int) -> float:
+        return self._costs.step * (min(k, 1) if self._at_once else k)
+
+
 class FixedDepth(AdaptiveDepth):
     """Always as many drafts as there is room for, up to n_max; measured as an `AdaptiveDepth` measures.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from ds4_mtp_plugin import MtpDraft, engine
 from ds4_mtp_plugin.engine import Best
 from ds4_mtp_plugin.host import session as session_module
 from ds4_mtp_plugin.host.wraps import session_of
-from ds4_mtp_plugin.speculation import AdaptiveDepth, FixedDepth
+from ds4_mtp_plugin.speculation import AdaptiveDepth, FixedDepth, NominalDepth
 from tests.fixtures import GPU_LAYERS
 from tests.fixtures.planted import BY_CONTEXT, Planted
 from tests.text import generate
@@ -162,8 +163,29 @@ def test_what_is_asked_for_is_what_is_done(llama: Make, plant: Plant, monkeypatc
     assert MtpDraft(files.mtp, adaptive=False).num_pred_tokens == 3
     with pytest.raises(TypeError, match="adaptive"):
         MtpDraft(files.mtp, adaptive=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("acceptance", [1.0, 0.0])
+def test_where_text_is_not_exact_no_clock_decides_and_a_rerun_does_the_same(
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, acceptance: float
+) -> None:
+    """What is accepted decides: drafts that are right are made, those that never are, are not."""
+    clock = time.perf_counter
+    files, runs = plant(acceptance=acceptance), []
     monkeypatch.setattr("platform.machine", lambda: "ppc64le")
-    assert chosen() is None  # not exact: a rerun has to give the same text
+    for speed in (1.0, -1.0):
+        monkeypatch.setattr("time.perf_counter", lambda speed=speed: speed * clock())
+        llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, ngram=False))
+        session = session_of(llm)
+        assert session is not None and isinstance(session._depth, NominalDepth)
+        text = generate(llm, files.cycle[:30].tolist(), 120, temp=0.0)
+        stats = llm.draft_model.stats
+        runs.append((text, stats.plain, stats.proposed_per_position, stats.accepted_per_position))
+    assert runs[0] == runs[1]
+    if acceptance:
+        assert stats.iters <= 40 and stats.accepted >= 80
+    else:
+        assert stats.iters <= 15 and stats.plain >= 100
 
 
 def test_a_head_that_is_never_right_is_named_once(llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:

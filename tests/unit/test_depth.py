@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from ds4_mtp_plugin.engine import Best
-from ds4_mtp_plugin.speculation import AdaptiveDepth
+from ds4_mtp_plugin.speculation import CPU_COSTS, GPU_COSTS, AdaptiveDepth, NominalDepth
 
 N_MAX = 3
 
@@ -240,3 +240,36 @@ def test_nothing_is_drafted_before_a_single_row_was_timed() -> None:
 def test_the_same_observations_give_the_same_depths() -> None:
     runs = [Run(MACHINES["h100"], lambda n: TEXTS["prose"], seed=4).until(800) for _ in range(2)]
     assert runs[0].depths == runs[1].depths
+
+
+def test_believed_costs_are_those_of_the_table_and_in_proportion_between() -> None:
+    rows = dict(GPU_COSTS.rows)
+    assert [GPU_COSTS.decode(n) for n in rows] == pytest.approx(list(rows.values()))
+    assert GPU_COSTS.decode(6) == pytest.approx((2 * rows[5] + rows[8]) / 3)
+    assert GPU_COSTS.decode(25) == pytest.approx(2 * rows[17] - rows[9])
+    for costs in (GPU_COSTS, CPU_COSTS):
+        assert sorted(costs.rows) == list(costs.rows) and costs.rows[0] == (1, 1.0)
+        assert [v for _, v in costs.rows] == sorted(v for _, v in costs.rows)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_without_a_clock_the_same_text_gives_the_same_depths(text: str) -> None:
+    """On machines that differ, where one that reads a clock drafts otherwise."""
+
+    def depths(machine: str, depth: AdaptiveDepth) -> list[int]:
+        return Run(MACHINES[machine], lambda n: TEXTS[text], depth=depth).until(500).depths
+
+    runs = [depths(machine, NominalDepth(N_MAX, GPU_COSTS)) for machine in ("h100", "stair", "hopeless")]
+    assert runs[0] == runs[1] == runs[2]
+    assert depths("h100", AdaptiveDepth(N_MAX)) != depths("hopeless", AdaptiveDepth(N_MAX))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_believed_costs_are_near_the_best_depth_of_the_machine_that_they_are_of(text: str) -> None:
+    machine, seeds = MACHINES["h100"], range(5)
+    runs = [
+        Run(machine, lambda n: TEXTS[text], seed, depth=NominalDepth(N_MAX, GPU_COSTS)).until(2000) for seed in seeds
+    ]
+    it = sum(run.cost for run in runs) / 5
+    best = [mean_cost(machine, lambda n: TEXTS[text], 2000, fixed) for fixed in range(N_MAX + 1)]
+    assert min(best) / it >= 0.97 and best[0] / it >= 0.975
