@@ -83,7 +83,8 @@ def steps(tiny: bool) -> list[str]:
         tests = ["tests/engine/test_binding.py", "tests/host/test_cli.py"]
     operations = ["operations", "operations exact"]
     races = [f"{step} {rate}" for rate in RATES for step in ("contest", "servers")]
-    return ["machine", "text", *tests, "middle", "plant", "bits", *operations, "costs", "contest 0.9 exact", *races]
+    costs = ["costs", "costs exact", "cycle", *([] if tiny else ["kernels"])]
+    return ["machine", "text", *tests, "middle", "plant", "bits", *operations, *costs, "contest 0.9 exact", *races]
 
 
 def limit(step: str) -> int:
@@ -128,6 +129,7 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="where there is no GPU")
     parser.add_argument("--tiny", action="store_true", help="small models, short texts, few tests")
     parser.add_argument("--again", metavar="STEP", action="append", default=[], help="forget this step's result first")
+    parser.add_argument("--only", metavar="STEP", action="append", help="no others than this (and others given so)")
     parser.add_argument(
         "--budget", type=float, default=BUDGET_S, metavar="SECONDS", help="begin none that could end later"
     )
@@ -147,7 +149,7 @@ def main() -> int:
         results.pop("plant", None)  # another machine than last time
     if "failed" in results.get("machine", {}):
         del results["machine"]
-    left = [step for step in steps(args.tiny) if step not in results]
+    left = [step for step in args.only or steps(args.tiny) if step not in results]
     while left and time.monotonic() - t0 + (0 if args.tiny else limit(left[0])) <= args.budget:
         step = left.pop(0)
         print(f"{step} ...", end=" ", flush=True)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -14,7 +15,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ from bench.server import ServerContender
 from ds4_mtp_plugin import MtpDraft, __version__, engine, host
 from ds4_mtp_plugin.cli.demo import BASE, HEAD
 from ds4_mtp_plugin.host.opening import GPU_BLOCK
+from ds4_mtp_plugin.speculation import CommonSpeculative, MtpDrafter
+from tests.fixtures import GPU_LAYERS
 from tests.fixtures.planted import (
     BENCH,
     BY_CONTEXT,
@@ -50,6 +54,8 @@ from tests.text import generate
 
 RATES = (0.9, 0.7, 0.5, 0.0)
 DEPTHS = (1, 2, 3, 4)
+#: Rows of a verify whose time is taken: up to those of the deepest draft of a head, and of one from the text.
+ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 17)
 
 #: Up to a layer of each kind: the engine divides by zero where none is compressed.
 LEAST_LAYERS = 4
@@ -270,48 +276,189 @@ def plant(options: Options) -> dict[str, Any]:
     return {"layers": model.config.n_layer, **sizes, "seconds": time.perf_counter() - t0}
 
 
-def costs(options: Options) -> dict[str, Any]:
-    """v(n), the time of a decode of n rows of the big trunk, over that of one; c, an MTP step, over the same; ms."""
+def costs(options: Options, kernels: str = "") -> dict[str, Any]:
+    """v(n), the time of a decode of n rows of the big trunk, over that of one; c, an MTP step, over the same; ms. With
+    `kernels` "exact" those of ``exact=True``."""
+    if kernels:
+        rows_alone()
     model = big(options, RATES[0])
-    tokens = model.follow(int(model.cycle[0]), 1000)
+    tokens = model.follow(int(model.cycle[0]), 1500)
     before, found = gpu("memory.used"), dict[str, Any]()
-    flash = options.flash
-    with (
-        RowEngine(model.trunk, n_rs_seq=max(DEPTHS), flash=flash) as trunk,
-        RowEngine(model.mtp, mtp=True, n_ctx=512, flash=flash) as mtp,
-    ):
+    times = 3 if options.tiny else 25
+    with opened(options, model.trunk, n_rs_seq=max(ROWS) - 1) as trunk, opened(options, model.mtp, mtp=True) as mtp:
         found["memory_mib"] = gpu("memory.used") - before
-        _, hidden = trunk.decode(tokens[:64])
         at = 64
+        batch = engine.Batch(at)
+        trunk.decode(batch.set(tokens[:at], 0, 0))
+        hidden = trunk.hidden_rows(at - 1, 1)
 
         def verify(n: int) -> float:
-            nonlocal at, hidden
+            nonlocal at
             t0 = time.perf_counter()
-            _, hidden = trunk.decode(tokens[at : at + n], at)
+            trunk.decode(batch.set(tokens[at : at + n], at, 0, outputs="all"))
+            trunk.hidden_rows(0, n)
             at += n
             return time.perf_counter() - t0
 
-        pairs = 1
+        pairs = engine.Batch(8, n_embd_out=mtp.n_embd_out)
+        pairs.embd[:] = hidden
+        step_at = 1
 
         def step(n: int) -> float:
-            nonlocal pairs
+            nonlocal step_at
             t0 = time.perf_counter()
-            mtp.decode(tokens[pairs : pairs + n], pairs, np.repeat(hidden[:1], n, 0))
-            pairs += n
+            mtp.decode(pairs.set(tokens[step_at : step_at + n], step_at, 0))
+            mtp.best()
+            mtp.hidden(-1, pairs.embd[0])
+            step_at += n
             return time.perf_counter() - t0
 
-        # One shape in a row, whose graph the engine keeps; then two in turn, whose graphs it builds each time.
-        times = 3 if options.tiny else 25
-        rows = range(1, max(DEPTHS) + 2)
-        ms = {n: median_ms([verify(n) for _ in range(times)]) for n in rows}
+        # One size in a row, then two in turn, as a cycle has them.
+        ms = {n: median_ms([verify(n) for _ in range(times if n < 6 else times // 3)]) for n in ROWS}
         turns = [(verify(1), verify(3)) for _ in range(times)]
-        steps = {n: median_ms([step(n) for _ in range(times)]) for n in (1, 2)}
+        steps = {n: median_ms([step(n) for _ in range(times)]) for n in (1, 2, 4)}
         step_turns = [(step(1), step(2)) for _ in range(times)]
+        found["step_logits_ms"] = steps[1]
+        found["picked_in_graph"] = mtp.pick_in_graph()
+        steps = {n: median_ms([step(n) for _ in range(times)]) for n in (1, 2, 4)}
     found["verify_in_turn_ms"] = {n: median_ms(each) for n, each in zip((1, 3), zip(*turns))}
     found["steps_ms"] = steps
     found["step_in_turn_ms"] = {n: median_ms(each) for n, each in zip((1, 2), zip(*step_turns))}
     v = {n: t / ms[1] for n, t in ms.items()}
     return {**found, "verify_ms": ms, "step_ms": steps[1], "v": v, "c": steps[1] / ms[1]}
+
+
+@contextlib.contextmanager
+def opened(options: Options, path: Path, *, mtp: bool = False, **params: Any) -> Iterator[engine.Context]:
+    """A context as a Llama with a draft has it, of a model of its own."""
+    model = engine.Model(engine.Library(host.library_path()), str(path), load_mtp=mtp, n_gpu_layers=GPU_LAYERS)
+    sizes = {"n_ctx": 512 if mtp else 2048, "n_batch": 256, "n_ubatch": 256, "flash_attn_type": int(options.flash)}
+    context = model.new_context(mtp=mtp, **sizes, **params)
+    context.set_hidden(engine.HIDDEN_OUTPUTS if mtp else engine.HIDDEN_ALL)
+    try:
+        yield context
+    finally:
+        context.close()
+        model.close()
+
+
+def cycle(options: Options, depth: str = "3") -> dict[str, Any]:
+    """Where the time of a cycle goes, as the process sees it: milliseconds per token, and calls, by function. What
+    waits for a GPU is what asks for a decode's result."""
+    model = big(options, RATES[0])
+    found: dict[str, Any] = {}
+    for k in (0, int(depth)):
+        draft = MtpDraft(model.mtp, num_pred_tokens=k) if k else None
+        llm = Llama(str(model.trunk), verbose=False, draft_model=draft, **options.llama)
+        prompt = model.cycle[:64].tolist()
+        generate(llm, prompt, options.n_tokens, temp=0.0)
+        llm.reset()  # type: ignore[no-untyped-call, unused-ignore]
+        with ExitStack() as stack:
+            spent = {
+                name: stack.enter_context(timed(owner, method))
+                for name, owner, method in (
+                    ("decode", engine.Context, "decode"),
+                    ("hidden rows (waits)", engine.Context, "hidden_rows"),
+                    ("best (waits)", engine.Context, "best"),
+                    ("hidden row of a step", engine.Context, "hidden"),
+                    ("host decode", internals.LlamaContext, "decode"),
+                    ("host sample", internals.LlamaSampler, "sample"),
+                    ("draft", MtpDrafter, "draft"),
+                    ("verify", CommonSpeculative, "verify"),
+                    ("accept", CommonSpeculative, "accept"),
+                    ("eval", Llama, "eval"),
+                )
+            }
+            t0 = time.perf_counter()
+            text = generate(llm, prompt, options.n_tokens, temp=0.0)
+            whole = time.perf_counter() - t0
+        n = len(text)
+        found[f"depth {k}"] = {
+            "whole": {"ms": 1000 * whole / n, "calls": 1.0},
+            **{name: {"ms": 1000 * sum(each) / n, "calls": len(each) / n} for name, each in spent.items() if each},
+        }
+        llm.close()
+    return found
+
+
+@contextlib.contextmanager
+def timed(owner: type, name: str) -> Iterator[list[float]]:
+    """Seconds of every call of a method, while it lasts."""
+    inner, seconds = getattr(owner, name), list[float]()
+
+    def outer(*args: Any, **kwargs: Any) -> Any:
+        t0 = time.perf_counter()
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            seconds.append(time.perf_counter() - t0)
+
+    setattr(owner, name, outer)
+    try:
+        yield seconds
+    finally:
+        setattr(owner, name, inner)
+
+
+def kernels(options: Options) -> dict[str, Any]:
+    """The GPU's kernels by their time, microseconds per decode: of 1, 2 and 4 rows, as the engine has them and as
+    ``exact=True`` does, and of a step of the head. Needs PyTorch, for its profiler alone."""
+    from torch.profiler import ProfilerActivity, profile
+
+    model = big(options, RATES[0])
+    tokens = model.follow(int(model.cycle[0]), 1500)
+    library, found = engine.Library(host.library_path()), dict[str, Any]()
+
+    def look(name: str, decode: Callable[[], None]) -> None:
+        for _ in range(4):
+            decode()
+        times = 10
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            t0 = time.perf_counter()
+            for _ in range(times):
+                decode()
+            wall = time.perf_counter() - t0
+        rows = [(each.key, each.count / times, each.self_device_time_total / times) for each in seen.key_averages()]
+        rows.sort(key=lambda row: -row[2])
+        found[name] = {
+            "wall_us": 1e6 * wall / times,
+            "gpu_us": sum(row[2] for row in rows),
+            "launched": sum(row[1] for row in rows),
+            "kernels": [[key[:90], round(n, 1), round(us, 1)] for key, n, us in rows[:30]],
+        }
+
+    with opened(options, model.trunk, n_rs_seq=max(DEPTHS)) as trunk, opened(options, model.mtp, mtp=True) as mtp:
+        at, batch = 64, engine.Batch(64)
+        trunk.decode(batch.set(tokens[:at], 0, 0))
+        pairs = engine.Batch(1, n_embd_out=mtp.n_embd_out)
+        pairs.embd[:] = trunk.hidden_rows(at - 1, 1)
+
+        def verify(n: int) -> None:
+            nonlocal at
+            trunk.decode(batch.set(tokens[at : at + n], at, 0, outputs="all"))
+            trunk.hidden_rows(0, n)
+            at += n
+
+        def step() -> None:
+            nonlocal step_at
+            mtp.decode(pairs.set(tokens[step_at : step_at + 1], step_at, 0))
+            mtp.best()
+            step_at += 1
+
+        step_at = 1
+        for n in (1, 2, 4):
+            look(f"{n} rows", lambda n=n: verify(n))  # type: ignore[misc]
+        look("step, logits copied", step)
+        mtp.pick_in_graph()
+        look("step", step)
+        library.ask_rows_alone(True)
+        # Graphs that were captured before have the kernels that were asked for then.
+        with opened(options, model.trunk, n_rs_seq=max(DEPTHS)) as trunk:
+            at = 64
+            trunk.decode(batch.set(tokens[:at], 0, 0))
+            for n in (1, 2, 4):
+                look(f"{n} rows, exact", lambda n=n: verify(n))  # type: ignore[misc]
+    return found
 
 
 def median_ms(seconds: Sequence[float]) -> float:
@@ -338,7 +485,7 @@ class WeighedServer(Weighed, ServerContender):
 def field(options: Options, mtp: Path) -> tuple[list[Contender], list[Contender]]:
     """Plain and ours; the server plain and with its own drafting."""
     ours: list[Contender] = [
-        Weighed(each.name, each.options) for each in contenders(mtp, DEPTHS)[:-1] if each.name != "automatic"
+        Weighed(each.name, each.options) for each in contenders(mtp, DEPTHS) if each.name != "prompt lookup"
     ]
     servers: list[Contender] = []
     for k in (0, *DEPTHS):
@@ -378,6 +525,7 @@ def contest(options: Options, acceptance: str, kernels: str = "") -> dict[str, A
         rows_alone()
     files = big(options, float(acceptance))
     ours, _ = field(options, files.mtp)
+    ours = [each for each in ours if each.name != "n-grams alone"]  # the text repeats itself late
     together = Contest(files.trunk, ours, files.cycle[:64].tolist(), options.n_tokens, **options.llama)
     race(together, options)
     plain = together.field[0]
@@ -404,7 +552,8 @@ def servers(options: Options, acceptance: str) -> dict[str, Any]:
 
 
 STEPS: dict[str, Callable[..., dict[str, Any]]] = {
-    each.__name__: each for each in (machine, text, bits, operations, middle, plant, costs, contest, servers)
+    each.__name__: each
+    for each in (machine, text, bits, operations, middle, plant, costs, cycle, kernels, contest, servers)
 }
 
 

@@ -44,6 +44,19 @@ def render(results: dict[str, Any]) -> str:
                 each = ", ".join(f"{n} rows {ms:.2f} ms" for n, ms in times.items())
                 lines.append(f"  {name}, shapes in turn: {each}")
             lines.append(f"  trunk and head: {result['memory_mib']:.0f} MiB of GPU memory")
+            lines.append(f"  step with its logits copied: {result['step_logits_ms']:.2f} ms")
+        elif kind == "cycle":
+            for name, spent in result.items():
+                if isinstance(spent, dict):
+                    lines.append(f"  {name}, ms per token (calls per token)")
+                    lines += [f"    {what:22} {row['ms']:7.3f} ({row['calls']:.2f})" for what, row in spent.items()]
+        elif kind == "kernels":
+            for name, seen in result.items():
+                if isinstance(seen, dict):
+                    lines.append(
+                        f"  {name}: {seen['wall_us']:.0f} us, on the GPU {seen['gpu_us']:.0f} in {seen['launched']:.0f}"
+                    )
+                    lines += [f"    {us:8.1f} us {n:7.1f} {kernel}" for kernel, n, us in seen["kernels"]]
         elif kind in ("middle", "contest", "servers"):
             lines += contest(result)
     return "\n".join(lines).lstrip("\n") + "\n"
