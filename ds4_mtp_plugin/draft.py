@@ -142,10 +142,10 @@ class MtpDraft(Draft):
             ngram: whether text that repeats itself is drafted from itself, up to 16 tokens per cycle, where that is
                 expected to be faster than asking the head. None: where `adaptive` is in force.
             exact: True for the bytes of plain decoding, or a ValueError from the Llama that says why they cannot be
-                promised there. On an NVIDIA GPU of compute capability 9.0 the promise costs some 7 % of the speed and
-                holds for up to 4 drafts. None asks for no promise: text is exact wherever the engine can be at no cost,
-                on x86-64 CPUs, and near-greedy elsewhere; ``stats.exact`` says which. False also takes a checkpoint
-                at the end of each prompt, behind which a text may round otherwise than from its beginning.
+                promised there. None asks for no promise: text is exact on x86-64 CPUs, and for DeepSeek-V4 on NVIDIA
+                GPUs of compute capability 9.0 with up to 4 drafts, and near-greedy elsewhere; ``stats.exact`` says
+                which. False also takes a checkpoint at the end of each prompt, behind which a text may round otherwise
+                than from its beginning.
             p_min: end a draft of the head before the first token whose probability, or of a DSpark head the confidence,
                 is less, 0 to 1.
             margin: end a draft of the head before the first token that leads the second best logit by less; None or 0

@@ -21,7 +21,18 @@ from vendor.fetch import fetch_sdist, read_pin
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_MB = 60
 
-DEPENDENCIES = ("cffi", "numpy", "gguf", "pytest", "pytest-benchmark", "jinja2", "diskcache", "typing_extensions")
+DEPENDENCIES = (
+    "cffi",
+    "numpy",
+    "gguf",
+    "pytest",
+    "pytest-benchmark",
+    "pytest-timeout",
+    "pytest-xdist",
+    "jinja2",
+    "diskcache",
+    "typing_extensions",
+)
 PLATFORMS = (
     "linux_x86_64",
     "manylinux_2_28_x86_64",
@@ -64,6 +75,7 @@ def install(wheels: Path, site: Path, python: str) -> None:
     target += [f"--platform={platform}" for platform in PLATFORMS]
     made = [str(path) for path in wheels.glob("*.whl")]
     pip("install", "--quiet", "--no-compile", "--target", str(site), *target, *made, *DEPENDENCIES)
+    shutil.copy2(ROOT / "ds4_mtp_plugin" / "models" / "card.json", site / "ds4_mtp_plugin" / "models")  # for a test
 
 
 def pack(archive: Path, stage: Path, without: list[str]) -> None:

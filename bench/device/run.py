@@ -81,10 +81,9 @@ def steps(tiny: bool) -> list[str]:
     tests = [str(path.relative_to(HERE)) for path in files]
     if tiny:  # they all run in CI anyway: one of each room, for this script's sake
         tests = ["tests/engine/test_binding.py", "tests/host/test_cli.py"]
-    operations = ["operations", "operations exact"]
     races = [f"{step} {rate}" for rate in RATES for step in ("contest", "servers")]
-    costs = ["costs", "costs exact", "cycle", *([] if tiny else ["kernels"])]
-    return ["machine", "text", *tests, "middle", "plant", "bits", *operations, *costs, "contest 0.9 exact", *races]
+    costs = ["costs", "cycle", *([] if tiny else ["kernels"])]
+    return ["machine", "text", *tests, "middle", "plant", "bits", "operations", *costs, *races]
 
 
 def limit(step: str) -> int:

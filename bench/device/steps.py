@@ -181,7 +181,7 @@ def text(options: Options) -> dict[str, Any]:
         for sampling in ({"temp": 0.0}, {"temp": 0.8}):
             texts = []
             for depth in (0, *DEPTHS):
-                draft = MtpDraft(mtp, num_pred_tokens=depth, exact=True) if depth else None
+                draft = MtpDraft(mtp, num_pred_tokens=depth) if depth else None
                 llm = Llama(str(trunk), verbose=False, seed=7, draft_model=draft, **options.llama)
                 texts.append(generate(llm, prompt or llm.tokenize(b"def read_lines(path):\n"), n, **sampling))
                 llm.close()
@@ -198,19 +198,13 @@ def text(options: Options) -> dict[str, Any]:
     return {"first_difference": results, "same": sum(v is None for v in results.values()), "of": len(results)}
 
 
-def rows_alone() -> None:
-    """From now on the GPU computes few rows as if each were alone, as ``exact=True`` asks it to."""
-    engine.Library(host.library_path()).ask_rows_alone(True)
-
-
-def bits(options: Options) -> dict[str, Any]:
+def bits(options: Options, only: str = "") -> dict[str, Any]:
     """Differing bits between the logits of rows decoded k at a time and one at a time, behind prompts of some lengths,
-    with the kernels of ``exact=True``.
+    of all models or of one, "big" or a type of weights.
 
     "first" is the first row that differs; "cut": no k rows lie on two sides of a multiple of `GPU_BLOCK`.
     """
     load_files_once()
-    rows_alone()
     results = {}
 
     def compare(name: str, trunk: Path, prompts: Sequence[int], n: int, flashes: Sequence[bool]) -> None:
@@ -240,20 +234,17 @@ def bits(options: Options) -> dict[str, Any]:
                 }
 
     quants = ("Q8_0",) if options.tiny else ("Q8_0", "MXFP4", "F16", "Q4_K", "BF16", "F32")
-    for quant in quants:
+    for quant in [quant for quant in quants if only in ("", quant)]:
         trunk = planted(options.models, config=SMALL, quant=quant, **BY_CONTEXT).trunk
         prompts = (0,) if options.tiny else (0, 990) if quant != "Q8_0" else (0, 990, 16000)
         compare(f"planted {quant}", trunk, prompts, 24 if options.tiny else 80, (False, True))
-    if (options.models / "big").exists():
+    if only in ("", "big") and (options.models / "big").exists():
         compare("big", big(options, RATES[0]).trunk, (100,) if options.tiny else (230, 1000), 40, (True,))
     return results
 
 
-def operations(options: Options, kernels: str = "") -> dict[str, Any]:
-    """Where rows that are decoded together begin to differ from single ones, by model, flash attention and rows; with
-    `kernels` "exact" those of ``exact=True``."""
-    if kernels:
-        rows_alone()
+def operations(options: Options) -> dict[str, Any]:
+    """Where rows that are decoded together begin to differ from single ones, by model, flash attention and rows."""
     models = {"ds4-mini": BASE}
     for quant in ("Q8_0",) if options.tiny else ("F16", "Q8_0", "MXFP4", "Q4_K"):
         models[f"planted {quant}"] = planted(options.models, config=SMALL, quant=quant, **BY_CONTEXT).trunk
@@ -276,11 +267,8 @@ def plant(options: Options) -> dict[str, Any]:
     return {"layers": model.config.n_layer, **sizes, "seconds": time.perf_counter() - t0}
 
 
-def costs(options: Options, kernels: str = "") -> dict[str, Any]:
-    """v(n), the time of a decode of n rows of the big trunk, over that of one; c, an MTP step, over the same; ms. With
-    `kernels` "exact" those of ``exact=True``."""
-    if kernels:
-        rows_alone()
+def costs(options: Options) -> dict[str, Any]:
+    """v(n), the time of a decode of n rows of the big trunk, over that of one; c, an MTP step, over the same; ms."""
     model = big(options, RATES[0])
     tokens = model.follow(int(model.cycle[0]), 1500)
     before, found = gpu("memory.used"), dict[str, Any]()
@@ -401,13 +389,13 @@ def timed(owner: type, name: str) -> Iterator[list[float]]:
 
 
 def kernels(options: Options) -> dict[str, Any]:
-    """The GPU's kernels by their time, microseconds per decode: of 1, 2 and 4 rows, as the engine has them and as
-    ``exact=True`` does, and of a step of the head. Needs PyTorch, for its profiler alone."""
+    """The GPU's kernels by their time, microseconds per decode: of 1, 2 and 4 rows, and of a step of the head. Needs
+    PyTorch, for its profiler alone."""
     from torch.profiler import ProfilerActivity, profile
 
     model = big(options, RATES[0])
     tokens = model.follow(int(model.cycle[0]), 1500)
-    library, found = engine.Library(host.library_path()), dict[str, Any]()
+    found: dict[str, Any] = {}
 
     def look(name: str, decode: Callable[[], None]) -> None:
         for _ in range(4):
@@ -451,13 +439,6 @@ def kernels(options: Options) -> dict[str, Any]:
         look("step, logits copied", step)
         mtp.pick_in_graph()
         look("step", step)
-        library.ask_rows_alone(True)
-        # Graphs that were captured before have the kernels that were asked for then.
-        with opened(options, model.trunk, n_rs_seq=max(DEPTHS)) as trunk:
-            at = 64
-            trunk.decode(batch.set(tokens[:at], 0, 0))
-            for n in (1, 2, 4):
-                look(f"{n} rows, exact", lambda n=n: verify(n))  # type: ignore[misc]
     return found
 
 
@@ -517,12 +498,9 @@ def middle(options: Options) -> dict[str, Any]:
         contest.close()
 
 
-def contest(options: Options, acceptance: str, kernels: str = "") -> dict[str, Any]:
-    """The big model: plain and ours in turn, then the servers one after the other, for only one copy of it fits; with
-    `kernels` "exact" ours as ``exact=True`` has them."""
+def contest(options: Options, acceptance: str) -> dict[str, Any]:
+    """The big model: plain and ours in turn, then the servers one after the other, for only one copy of it fits."""
     load_files_once()
-    if kernels:
-        rows_alone()
     files = big(options, float(acceptance))
     ours, _ = field(options, files.mtp)
     ours = [each for each in ours if each.name != "n-grams alone"]  # the text repeats itself late

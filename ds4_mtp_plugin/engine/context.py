@@ -212,6 +212,10 @@ class Context:
         if code != 0:
             raise DecodeError(f"decoding {batch.struct.n_tokens} tokens", code)
 
+    def wait(self) -> None:
+        """Until the last decode is done: on a GPU `decode` returns before."""
+        self._lib.llama_synchronize(self._ptr)
+
     @property
     def n_hidden(self) -> int:
         return len(self._layers) * self.n_embd if self._layers else self.n_embd_out

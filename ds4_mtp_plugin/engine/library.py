@@ -10,7 +10,7 @@ import typing as _t
 import cffi as _cffi
 
 # Must equal DS4_MTP_ABI of patches/src/ds4-mtp.h.
-ABI = 6
+ABI = 7
 
 
 def _library_dir() -> _pathlib.Path:
@@ -89,12 +89,8 @@ class Library:
 
     @property
     def gpu_rows(self) -> int:
-        """The most rows that every GPU at hand can compute as if each were alone: 0 where one promises nothing."""
+        """The most rows that every GPU at hand computes as if each were alone: 0 where one promises nothing."""
         return int(self.lib.ds4_mtp_gpu_rows())
-
-    def ask_rows_alone(self, on: bool) -> None:
-        """Ask the GPUs for that, which costs time, or take it back. They do it while anybody in the process asks."""
-        self.lib.ds4_mtp_gpu_rows_alone(on)
 
     def rollback(self, model: _t.Any) -> int:
         """Which rows the memory of a model's contexts can take back: a ROLLBACK_ constant, or 0 for none.

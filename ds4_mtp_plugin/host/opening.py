@@ -309,18 +309,20 @@ def _open(llama: Llama, draft: Draft, *, tested: bool) -> Session | None:
     on_gpu, caches = _on_gpu(n_gpu_layers), {params.type_k, params.type_v}
     n_rows = 1 + (of_head if isinstance(draft, MtpDraft) else of_text)  # as admitted; beside a head the text has fewer
     why_not = _why_not_exact(n_gpu_layers, n_rows, caches, tested=tested)
-    # A GPU's kernels that give the bits of single rows are slower, so they are for those who ask for them.
-    alone = on_gpu and _asks_for_exact(draft) and why_not is None
-    exact = alone or (not on_gpu and why_not is None)
-    if alone:
+    exact = why_not is None
+    if on_gpu and exact:
         of_text = min(of_text, library().gpu_rows - 1)
     with ExitStack() as on_error:
         try:
-            drafter = _open_drafter(llama, draft, target, on_error, of_head=of_head, of_text=of_text, alone=alone)
+            drafter = _open_drafter(llama, draft, target, on_error, of_head=of_head, of_text=of_text)
         except EngineError as err:
             raise _NoSpeculation(str(err)) from None
         spec = CommonSpeculative(
-            target, drafter, n_draft=max(of_head, of_text), n_asked=of_head, within=GPU_BLOCK if alone else None
+            target,
+            drafter,
+            n_draft=max(of_head, of_text),
+            n_asked=of_head,
+            within=GPU_BLOCK if on_gpu and exact else None,
         )
         spec.counters.exact = exact
         session = Session(
@@ -330,7 +332,7 @@ def _open(llama: Llama, draft: Draft, *, tested: bool) -> Session | None:
             depth=_depth(llama, of_head, exact=exact, at_once=_of_block(draft) > 0) if draft.adaptive else None,
             checkpoints=checkpoints,
             inexact=draft.exact is False and not settings().strict,
-            single_rows=1 if alone else SINGLE_ROWS,
+            single_rows=1 if on_gpu and exact else SINGLE_ROWS,
         )
         on_error.pop_all()
     # The host's stack runs backwards: the head goes before the target.
@@ -368,25 +370,19 @@ def _checkpoints(llama: Llama, draft: Draft) -> Checkpoints | None:
 
 
 def _open_drafter(
-    llama: Llama, draft: Draft, target: Context, on_error: ExitStack, *, of_head: int, of_text: int, alone: bool
+    llama: Llama, draft: Draft, target: Context, on_error: ExitStack, *, of_head: int, of_text: int
 ) -> Drafter:
     """As `_open_head`, and before it what drafts from the text."""
     if of_head == of_text == 0:
         return NoDrafter()
     if of_head == 0 or not isinstance(draft, MtpDraft):
-        if alone:
-            library().ask_rows_alone(True)
-            on_error.callback(library().ask_rows_alone, False)
-        return NgramDrafter(on_close=(lambda: library().ask_rows_alone(False)) if alone else None)
-    head = _open_head(llama, draft, target, on_error, alone=alone)
+        return NgramDrafter()
+    head = _open_head(llama, draft, target, on_error)
     return ChainDrafter(NgramDrafter(), head) if of_text else head
 
 
-def _open_head(llama: Llama, draft: MtpDraft, target: Context, on_error: ExitStack, *, alone: bool) -> Drafter:
+def _open_head(llama: Llama, draft: MtpDraft, target: Context, on_error: ExitStack) -> Drafter:
     """
-    Args:
-        alone: as long as the drafter is open GPUs are to compute few rows as if each were alone.
-
     Raises:
         EngineError: the engine could not load the head, or create its context.
         ValueError: the head is of another shape than the target.
@@ -395,9 +391,6 @@ def _open_head(llama: Llama, draft: MtpDraft, target: Context, on_error: ExitSta
     resources = ExitStack()
     on_error.callback(resources.close)
     resources.callback(model.close)
-    if alone:
-        library().ask_rows_alone(True)
-        resources.callback(library().ask_rows_alone, False)
     at_once = draft.of_block
     window = target.window or _LOOKS_BACK
     # A window of rows per decode, and room for three windows, whatever the target's context length is.

@@ -159,6 +159,7 @@ class Session:
             t0 = time.perf_counter()
             self._eval_chunk(llama, host_eval, tokens, keep=1)
             if generation.drafting:
+                self._spec.target.wait()
                 self._depth.decoded(1, time.perf_counter() - t0)
             return
         tokens = self._resume(llama, tokens)

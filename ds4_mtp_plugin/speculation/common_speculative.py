@@ -162,6 +162,7 @@ class CommonSpeculative:
         t0 = time.perf_counter()
         self.keep_hidden(HIDDEN_OUTPUTS)
         self.target.decode(self._batch.set(tokens, n_past, seq_id, outputs="all"))
+        self.target.wait()
         # Hidden rows die at the context's next decode, which may be another sequence's.
         hidden = self.target.hidden_rows(0, len(tokens) if self.drafter.window else 0)
         self.counters.verify_s += time.perf_counter() - t0

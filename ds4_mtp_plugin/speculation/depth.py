@@ -49,8 +49,9 @@ _LEADS, _LEAD_WEIGHT = (0.5, 1.0, 2.0, 4.0), 0.05
 # looks may be owed while they are right; and how many are free where drafts paid for some time until now.
 _PROBE_SHARE, _PROBE_SHARE_LATELY, _LATELY = 0.01, 0.02, 200
 _PROBES_OWED, _PROBES_FREE, _SOME_TIME = 6, 4, 16
-# Of drafts that lie ready so many are verified: fewer sizes are known sooner.
-_READY_SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
+# Of drafts that lie ready so many are verified: fewer sizes are known sooner. With 7 a verify has 8 rows: more keep
+# no graph (patches/0009-graphs-by-rows.patch), and GPUs take another kernel for them.
+_READY_SIZES = (1, 2, 3, 4, 5, 7, 11, 16)
 # Where nothing is measured, one that lies ready is verified as long as all up to it are as likely right as this.
 _READY_LEAST = 0.5
 # Decodes of one size whose median counts, and the fewest that are believed at first. After so many single rows all the
@@ -338,7 +339,7 @@ class Costs:
 
 
 # An H100 with 12 layers of DeepSeek-V4-Flash's widths, and a CPU where rows are dear.
-GPU_COSTS = Costs(((1, 1.0), (2, 1.12), (3, 1.27), (4, 1.48), (5, 1.67), (8, 2.2), (9, 2.6), (17, 3.6)), 0.12)
+GPU_COSTS = Costs(((1, 1.0), (2, 1.09), (3, 1.26), (4, 1.45), (5, 1.63), (8, 2.14), (9, 3.05), (17, 4.0)), 0.15)
 CPU_COSTS = Costs(((1, 1.0), (2, 1.4), (4, 2.1), (17, 6.0)), 0.15)
 
 

@@ -59,15 +59,6 @@ int32_t ds4_mtp_gpu_rows(void) {
     return rows;
 }
 
-void ds4_mtp_gpu_rows_alone(bool on) {
-    for (ggml_backend_reg_t reg : ds4_mtp_gpu_regs()) {
-        auto * ask = (void (*)(bool)) ggml_backend_reg_get_proc_address(reg, "ds4_mtp_rows_alone");
-        if (ask) {
-            ask(on);
-        }
-    }
-}
-
 const char * ds4_mtp_compiler(void) {
     return DS4_MTP_COMPILER;
 }

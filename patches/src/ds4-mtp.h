@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 // Raised when a declaration below changes in a way that an older binding would misread.
-#define DS4_MTP_ABI 6
+#define DS4_MTP_ABI 7
 
 LLAMA_API int32_t      ds4_mtp_abi(void);
 // A hash over this patch set (its diffs and sources), for reports and for telling stale builds.
@@ -21,9 +21,6 @@ LLAMA_API const char * ds4_mtp_patchset(void);
 // The most rows that every GPU at hand computes as if each were alone, so that their bits do not depend on each other; 0
 // where one promises no such thing, INT32_MAX where there is none. On the CPU see ds4-mtp-rows.h.
 LLAMA_API int32_t      ds4_mtp_gpu_rows(void);
-// Asks all GPUs at hand for that, which costs time; or takes back what was asked for before. They do it for the whole
-// process, as long as somebody asks for it.
-LLAMA_API void         ds4_mtp_gpu_rows_alone(bool on);
 // Name and version of the compiler that built this library, for reports.
 LLAMA_API const char * ds4_mtp_compiler(void);
 

@@ -65,7 +65,8 @@ def run(
         for i in range(6):
             for context in contexts:
                 context.decode(batch.set([text[300 + i]], p + i, 0))
-            same &= np.array_equal(rolled.logits(), fresh.logits())
+            # A GPU computes 9 rows otherwise than one.
+            same &= np.allclose(rolled.logits(), fresh.logits(), rtol=0, atol=0.02 if GPU_LAYERS else 0)
         return same
     finally:
         for context in contexts:
@@ -119,7 +120,8 @@ def test_removals_add_up(model: engine.Model, n: int) -> None:
     fresh.decode(batch.set(TEXT[n - 1 : n + 1], n - 1, 0))
     for each in (context, fresh):
         each.decode(batch.set([TEXT[0]], n + 1, 0))
-    np.testing.assert_array_equal(context.logits(), fresh.logits())
+    # A GPU computes 6 rows otherwise than one.
+    np.testing.assert_allclose(context.logits(), fresh.logits(), rtol=0, atol=0.02 if GPU_LAYERS else 0)
     for each in (context, fresh):
         each.close()
 
@@ -137,6 +139,7 @@ def test_a_prompt_is_cut_as_without_rollback(model: engine.Model, n_rs_seq: int)
         each.close()
 
 
+@pytest.mark.skipif(GPU_LAYERS != 0, reason="CUDA asks no abort callback")
 @pytest.mark.parametrize("pending", [False, True], ids=["plain", "rolled back"])
 def test_an_aborted_decode_leaves_nothing_behind(model: engine.Model, pending: bool) -> None:
     """What an aborted decode leaves is either the state before it or an empty sequence; never something between."""
@@ -224,6 +227,7 @@ print([after_a_failed_decode(model, n, without_memory) for n in range(40, 48)])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on a process's memory")
+@pytest.mark.skipif(GPU_LAYERS != 0, reason="CUDA reserves more than there is")
 def test_a_decode_without_memory_for_its_outputs_keeps_a_pending_removal(plant: Callable[..., Planted]) -> None:
     root = Path(__file__).resolve().parents[2]
     # glibc gives large blocks back at once, so that none is at hand where the next is refused

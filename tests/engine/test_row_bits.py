@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -43,13 +43,6 @@ WRITTEN = [
 
 Plant = Callable[..., Planted]
 Rows = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
-
-
-@pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
-    LIBRARY.ask_rows_alone(True)
-    yield
-    LIBRARY.ask_rows_alone(False)
 
 
 def decode(files: Planted, k: int, prompt: int = 0, **params: Any) -> Rows:

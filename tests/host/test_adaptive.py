@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from llama_cpp import Llama
 
-from ds4_mtp_plugin import MtpDraft, engine
+from ds4_mtp_plugin import MtpDraft, NgramDraft, engine
 from ds4_mtp_plugin.engine import Best
 from ds4_mtp_plugin.host import session as session_module
 from ds4_mtp_plugin.host.wraps import session_of
@@ -186,6 +186,21 @@ def test_where_text_is_not_exact_no_clock_decides_and_a_rerun_does_the_same(
         assert stats.iters <= 40 and stats.accepted >= 80
     else:
         assert stats.iters <= 15 and stats.plain >= 100
+
+
+def test_a_decode_that_is_not_done_when_it_returns_is_waited_for(
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: what is measured is the work, also where nobody asks for hidden rows."""
+    waited, inner = 0.02, engine.Context.wait
+    monkeypatch.setattr(engine.Context, "wait", lambda context: (time.sleep(waited), inner(context)))
+    files = plant(acceptance=1.0)
+    llm = llama(files.trunk, draft_model=NgramDraft(adaptive=True), n_ctx=1024)
+    session = session_of(llm)
+    assert session is not None
+    generate(llm, [*files.cycle.tolist(), *files.cycle[:40].tolist()], 60, temp=0.0)
+    decodes, _ = session._depth.times()
+    assert len(decodes) > 1 and min(decodes.values()) >= waited
 
 
 def test_a_head_that_is_never_right_is_named_once(llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:

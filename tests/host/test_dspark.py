@@ -18,7 +18,7 @@ from tests.fixtures import GPU_LAYERS
 from tests.fixtures.dspark_gguf import N_BLOCK, write_dspark
 from tests.fixtures.mtp_gguf import plant as plant_family
 from tests.fixtures.planted import BY_CONTEXT, SMALL, TINY, Planted
-from tests.text import generate, text_and_logits
+from tests.text import check_plain, generate, text_and_logits
 
 Make = Callable[..., Llama]
 Plant = Callable[..., Planted]
@@ -45,11 +45,9 @@ def test_text_and_logits_are_plain(
         llm = llama(files.trunk, draft_model=draft, seed=5)
         prompt = np.resize(files.cycle, n_prompt).tolist()
         found.append(text_and_logits(llm, prompt, 150, **sampling))
-    assert found[0][0] == found[1][0]
     assert draft is not None and draft.stats.failures == 0 and draft.stats.accepted > 0
-    if GPU_LAYERS == 0:
-        assert draft.stats.exact
-        np.testing.assert_array_equal(found[0][1], found[1][1])
+    assert draft.stats.exact or GPU_LAYERS != 0
+    check_plain(*found, exact=draft.stats.exact)
 
 
 def test_a_block_is_drafted_in_one_decode(llama: Make, files: Planted, head: Path) -> None:
@@ -101,7 +99,7 @@ def test_a_draft_is_what_the_committed_rows_make_it(llama: Make, files: Planted,
         as_moved += drafted.get(n_past) == of_run[n_past]
     assert len(positions) > 12
     assert same >= len(positions) - 1  # a prompt's rows round otherwise than single ones
-    assert as_moved < len(positions) / 2
+    assert as_moved < 2 * len(positions) / 3
 
 
 @pytest.mark.skipif(GPU_LAYERS != 0, reason="the figures are of CPUs")

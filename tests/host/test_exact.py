@@ -34,32 +34,25 @@ def test_on_the_cpu_it_is_promised(llama: Make, plant: Plant, exact: bool | None
     assert llm.draft_model.stats.exact
 
 
-def a_gpu(monkeypatch: pytest.MonkeyPatch, rows: int) -> list[bool]:
+def a_gpu(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """As if there were one that computes as many rows as if each were alone."""
     monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
     monkeypatch.setattr(engine.Library, "gpu_rows", property(lambda library: rows))
-    asked: list[bool] = []
-    monkeypatch.setattr(engine.Library, "ask_rows_alone", lambda library, on: asked.append(on))
-    return asked
 
 
 def test_on_a_gpu_that_was_tested_it_is_promised_as_far_as_it_holds(
     llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = plant(acceptance=1.0)
-    asked = a_gpu(monkeypatch, rows=5)
+    a_gpu(monkeypatch, rows=5)
     options: dict[str, Any] = {"n_gpu_layers": -1}
-    llm = llama(files.trunk, **options, draft_model=MtpDraft(files.mtp, num_pred_tokens=4))
-    assert not llm.draft_model.stats.exact and asked == []  # it costs time
-    llm = llama(files.trunk, **options, draft_model=MtpDraft(files.mtp, num_pred_tokens=4, exact=True))
-    assert llm.draft_model.stats.exact and asked == [True]
-    llm.close()
-    assert asked == [True, False]
-    draft = MtpDraft(files.mtp, num_pred_tokens=0, ngram=True, exact=True)
+    for exact in (None, True):
+        llm = llama(files.trunk, **options, draft_model=MtpDraft(files.mtp, num_pred_tokens=4, exact=exact))
+        assert llm.draft_model.stats.exact
+    draft = MtpDraft(files.mtp, num_pred_tokens=0, ngram=True)
     llm = llama(files.trunk, **options, draft_model=draft)
     assert draft.stats.exact and llm._ds4_mtp._spec.n_draft == 4  # what is promised and admitted is kept
-    llm.close()
-    assert asked == [True, False, True, False]
+    assert not llama(files.trunk, **options, draft_model=MtpDraft(files.mtp, num_pred_tokens=5)).draft_model.stats.exact
     with pytest.raises(ValueError, match="5 rows are computed as if each were alone: num_pred_tokens=4 at most"):
         llama(files.trunk, **options, draft_model=MtpDraft(files.mtp, num_pred_tokens=5, exact=True))
     options |= {"type_k": 8, "type_v": 8, "flash_attn": True}

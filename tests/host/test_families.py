@@ -17,7 +17,7 @@ from tests.fixtures import GPU_LAYERS
 from tests.fixtures.mtp_gguf import Planted as Family
 from tests.fixtures.mtp_gguf import plant as plant_family
 from tests.fixtures.planted import Planted
-from tests.text import generate, text_and_logits
+from tests.text import check_plain, generate, text_and_logits
 
 Make = Callable[..., Llama]
 Plant = Callable[..., Planted]
@@ -48,11 +48,9 @@ def test_text_and_logits_are_plain(
     for draft in (None, MtpDraft(**options)):
         llm = llama(family.trunk, draft_model=draft, seed=7, n_ctx=1024)
         found.append(text_and_logits(llm, family.prompt(40), 150, **sampling))
-    assert found[0][0] == found[1][0]
-    if GPU_LAYERS == 0:
-        assert draft is not None and draft.stats.exact and draft.stats.failures == 0
-        assert draft.stats.accepted > (0 if draft.adaptive else 20)
-        np.testing.assert_array_equal(found[0][1], found[1][1])
+    assert draft is not None and draft.stats.failures == 0
+    check_plain(*found, exact=draft.stats.exact)
+    assert draft.stats.exact == (GPU_LAYERS == 0) and draft.stats.accepted > (0 if draft.adaptive else 20)
 
 
 @pytest.mark.parametrize("options", [{}, {"n_batch": 128, "n_ubatch": 64}, {"n_batch": 96}], ids=str)
@@ -63,9 +61,7 @@ def test_prompts_of_several_batches(llama: Make, family: Family, options: dict[s
     for draft in (None, MtpDraft(num_pred_tokens=3)):
         llm = llama(family.trunk, draft_model=draft, n_ctx=1024, **options)
         found.append(text_and_logits(llm, family.prompt(n_prompt, seed=n_prompt), 60))
-    assert found[0][0] == found[1][0]
-    if GPU_LAYERS == 0:
-        np.testing.assert_array_equal(found[0][1], found[1][1])
+    check_plain(*found, exact=GPU_LAYERS == 0)
 
 
 def test_a_draft_that_is_taken_off_leaves_plain_logits(llama: Make, family: Family) -> None:
@@ -74,8 +70,7 @@ def test_a_draft_that_is_taken_off_leaves_plain_logits(llama: Make, family: Fami
         llm = llama(family.trunk, draft_model=draft)
         llm.draft_model = None
         found.append(text_and_logits(llm, family.prompt(300), 20))
-    assert found[0][0] == found[1][0]
-    np.testing.assert_array_equal(found[0][1], found[1][1])
+    check_plain(*found, exact=GPU_LAYERS == 0)
 
 
 def test_each_draft_is_made_from_the_right_hidden_row(llama: Make, family: Family) -> None:
@@ -107,11 +102,9 @@ def test_a_chat_goes_on(llama: Make, family: Family) -> None:
     text = family.prompt(900)
     for prompt in (text[:600], text[:700], [*text[:650], *family.prompt(50, seed=1)], text[:300], text):
         answers = [text_and_logits(llm, prompt, 40) for llm in (plain, ours)]
-        assert answers[0][0] == answers[1][0]
-        if GPU_LAYERS == 0:
-            np.testing.assert_array_equal(answers[0][1], answers[1][1])
+        check_plain(*answers, exact=GPU_LAYERS == 0)
     stats = ours.draft_model.stats
-    assert stats.failures == 0 and (stats.resumed > 0) == (family.architecture in HYBRID)
+    assert stats.failures == 0 and (stats.resumed > 0) == (family.architecture in HYBRID and GPU_LAYERS == 0)
 
 
 def test_states(llama: Make, family: Family) -> None:

@@ -7,7 +7,7 @@ every token that comes, drafted or not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from ...engine import EngineError, Floats
 from .drafter import NOTHING_READY, More, Ready
@@ -99,8 +99,7 @@ class NgramDrafter:
     window = 0
     n_decodes = 0
 
-    def __init__(self, *, on_close: Callable[[], None] | None = None) -> None:
-        self._on_close = on_close
+    def __init__(self) -> None:
         self._sequences: dict[int, _Sequence] = {}
         # Of each sequence the drafts that are still to be judged: their first position, the match's length, and they.
         self._pending: dict[int, tuple[int, int, list[int]]] = {}
@@ -152,9 +151,6 @@ class NgramDrafter:
         self._closed = True
         self._sequences.clear()
         self._pending.clear()
-        if self._on_close is not None:
-            self._on_close()
-            self._on_close = None
 
     def _judge(self, seq_id: int, position: int, token: int) -> None:
         """`token` came at `position`: was it the draft for it?"""
