@@ -1,7 +1,8 @@
 """From a training run to the files that ship: two GGUFs, their loss plot, and the model card.
 
     python -m tests.reference.ship --run DIR                 # everything, acceptance measured at the end
-    python -m tests.reference.ship --acceptance              # only measure the shipped pair again, and rewrite the card
+    python -m tests.reference.ship --dspark DIR              # a DSpark head of the shipped model, and its acceptance
+    python -m tests.reference.ship --acceptance              # only measure what is shipped again, and rewrite the card
 
 The card is generated whole from ``card.json``, which carries what a run and a measurement found, so that neither a
 figure nor a sentence about it is ever typed by hand.
@@ -18,11 +19,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.fixtures.ds4_gguf import Ds4Config, write_gguf
+from tests.fixtures.ds4_gguf import Ds4Config, Vocab, write_gguf
+from tests.fixtures.dspark_gguf import write_file
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "ds4_mtp_plugin" / "models"
 NAMES = {"trunk": "ds4-mini-q8_0.gguf", "mtp": "ds4-mini-mtp-q8_0.gguf"}
+DSPARK = "ds4-mini-dspark-q8_0.gguf"
+GENERAL = {
+    "basename": "ds4-mini",
+    "author": "The ds4-mtp-plugin authors",
+    "license": "mit",
+    "license.name": "MIT; trained on text under PSF-2.0",
+    "organization": "ds4-mtp-plugin",
+}
 TEMPERATURES = (0.0, 0.7, 1.0)
 DEPTH = 3
 
@@ -69,13 +79,6 @@ def export(model: Any, tokenizer_path: Path, folder: Path, quant: str = "Q8_0") 
 
     vocab = tokenizer.gguf_vocab(tokenizer.load(tokenizer_path))
     folder.mkdir(parents=True, exist_ok=True)
-    general = {
-        "basename": "ds4-mini",
-        "author": "The ds4-mtp-plugin authors",
-        "license": "mit",
-        "license.name": "MIT; trained on text under PSF-2.0",
-        "organization": "ds4-mtp-plugin",
-    }
     paths = {part: folder / name for part, name in NAMES.items()}
     write_gguf(
         paths["trunk"],
@@ -85,7 +88,7 @@ def export(model: Any, tokenizer_path: Path, folder: Path, quant: str = "Q8_0") 
         vocab=vocab,
         quant=quant,
         name="ds4-mini",
-        general={**general, "description": "A very small DeepSeek-V4 that has read the Python standard library."},
+        general={**GENERAL, "description": "A very small DeepSeek-V4 that has read the Python standard library."},
     )
     write_gguf(
         paths["mtp"],
@@ -95,9 +98,61 @@ def export(model: Any, tokenizer_path: Path, folder: Path, quant: str = "Q8_0") 
         vocab=vocab,
         quant=quant,
         name="ds4-mini MTP",
-        general={**general, "description": "The MTP head of ds4-mini, for speculative decoding."},
+        general={**GENERAL, "description": "The MTP head of ds4-mini, for speculative decoding."},
     )
     return paths
+
+
+def vocab_of(path: Path) -> Vocab:
+    """The vocabulary that a file has."""
+    from gguf import GGUFReader, TokenType
+
+    fields = GGUFReader(path).fields
+
+    def value(key: str) -> Any:
+        return fields[f"tokenizer.{key}"].contents()
+
+    return Vocab(
+        tokens=value("ggml.tokens"),
+        types=[TokenType(kind) for kind in value("ggml.token_type")],
+        merges=value("ggml.merges"),
+        chat_template=value("chat_template"),
+    )
+
+
+def export_dspark(run: Path, folder: Path) -> dict[str, Any]:
+    """Write a DSpark head of the model in `folder`; what the card says of it."""
+    import torch
+
+    from tests.reference import dspark, train_dspark
+
+    model = train_dspark.shipped()
+    head = dspark.Dspark(dspark.stage_config(model.cfg, n_expert=train_dspark.N_EXPERT), train_dspark.LAYERS)
+    state = torch.load(run / "head.pt", weights_only=True)
+    head.load_state_dict(state["head"])
+    path = write_file(
+        folder / DSPARK,
+        head.cfg,
+        dspark.tensors(head),
+        layers=head.layers,
+        mask=train_dspark.mask_id(),
+        vocab=vocab_of(folder / NAMES["trunk"]),
+        quant=lambda name: "Q8_0",
+        name="ds4-mini DSpark",
+        general={**GENERAL, "description": "A DSpark head of ds4-mini, for speculative decoding."},
+        n_block=head.n_block,
+    )
+    settings = json.loads(state["arguments"])
+    return {
+        "parameters": sum(p.numel() for p in head.parameters()),
+        "size": path.stat().st_size,
+        "stages": head.n_layer,
+        "block": head.n_block,
+        "layers": list(head.layers),
+        "experts": head.cfg.n_expert,
+        "score": json.loads((run / "score.json").read_text()),
+        **{name: settings[name] for name in ("minutes", "lr", "processes", "seed")},
+    }
 
 
 def parameters(model: Any) -> dict[str, int]:
@@ -131,7 +186,9 @@ def _texts(llm: Any, temperature: float, max_tokens: int) -> Iterator[str]:
         yield beginning + answer["choices"][0]["text"]
 
 
-def measure_acceptance(folder: Path, max_tokens: int = 200) -> dict[str, Any]:
+def measure_acceptance(
+    folder: Path, head: str = NAMES["mtp"], depth: int = DEPTH, max_tokens: int = 200
+) -> dict[str, Any]:
     """Acceptance per draft position and temperature, on the engine, with the host's own sampler.
 
     Position j's rate is the share of drafts at depth j that were accepted, with all before them.
@@ -141,10 +198,10 @@ def measure_acceptance(folder: Path, max_tokens: int = 200) -> dict[str, Any]:
     from llama_cpp import Llama  # isort: skip
 
     found: dict[str, Any] = {"max_tokens": max_tokens, "prompts": len(QUESTIONS) + len(BEGINNINGS), "rows": []}
-    options: dict[str, Any] = {"num_pred_tokens": DEPTH}
+    options: dict[str, Any] = {"num_pred_tokens": depth}
     for temperature in TEMPERATURES:
         # A new pair each time: statistics count from when the draft was attached.
-        draft = MtpDraft(folder / NAMES["mtp"], **options)
+        draft = MtpDraft(folder / head, **options)
         # One thread: what is counted here does not depend on it, and it tolerates other work on the machine.
         threads = {"n_threads": 1, "n_threads_batch": 1}
         llm = Llama(str(folder / NAMES["trunk"]), n_ctx=2048, draft_model=draft, verbose=False, **threads)
@@ -167,16 +224,42 @@ def measure_acceptance(folder: Path, max_tokens: int = 200) -> dict[str, Any]:
 # --- card ------------------------------------------------------------------------------------------------------------
 
 
-def _acceptance_section(found: dict[str, Any]) -> str:
-    head = " | ".join(f"position {j + 1}" for j in range(DEPTH))
+def _acceptance_section(found: dict[str, Any], depth: int = DEPTH) -> str:
+    head = " | ".join(f"position {j + 1}" for j in range(depth))
     lines = [
-        f"| temperature | {head} | accepted per verify (depth {DEPTH}) |",
-        "|---" * (DEPTH + 2) + "|",
+        f"| temperature | {head} | accepted per verify (depth {depth}) |",
+        "|---" * (depth + 2) + "|",
     ]
     for row in found["rows"]:
         rates = " | ".join(f"{rate:.2f}" for rate in row["rates"])
         lines.append(f"| {row['temperature']:g} | {rates} | {row['per_iter']:.2f} |")
     return "\n".join(lines)
+
+
+def _dspark_section(found: dict[str, Any]) -> str:
+    agreement = " / ".join(f"{value:.2f}" for value in found["score"]["agreement"])
+    measured = ""
+    if acceptance := found.get("acceptance"):
+        measured = f"""
+As above, at depth {found["block"]}:
+
+{_acceptance_section(acceptance, found["block"])}
+"""
+    size = f"{found['parameters'] / 1e6:.1f} million parameters"
+    layers = ", ".join(map(str, found["layers"]))
+    score, minutes = found["score"], float(found["minutes"])
+    trained = f"{score['steps']:,} steps, {score['tokens'] / 1e6:.1f} million tokens"
+    return f"""
+## The DSpark head
+{found["stages"]} stages with {found["experts"]} experts each, {size}, which read the inputs of layers {layers} (the
+last is behind the trunk) and draft a block of {found["block"]} tokens in one decode. Trained on the finished trunk:
+
+    python -m tests.reference.train_dspark --out DIR --minutes {minutes:g}
+    python -m tests.reference.ship --dspark DIR
+
+on {found["processes"]} CPU cores, with other work beside it: {trained}. On held-out text its best token
+is the trunk's, where all before it were, in {agreement} of the cases, by position.
+{measured}"""
 
 
 def card(facts: dict[str, Any]) -> str:
@@ -202,6 +285,10 @@ Greedy (temperature 0), cut at {found["max_tokens"]} tokens:
 
 {samples}
 """
+    dspark, dspark_row = "", ""
+    if of_dspark := facts.get("dspark"):
+        dspark = _dspark_section(of_dspark)
+        dspark_row = f"\n| `{DSPARK}` | a DSpark head of it, for `MtpDraft` too | {of_dspark['size'] / 1e6:.1f} MB |"
     ratios = ", ".join(map(str, cfg["compress_ratios"]))
     mtp_agreement = " / ".join(f"{value:.2f}" for value in score["agreement"])
     mtp_losses = " / ".join(f"{value:.2f}" for value in score["mtp_loss"])
@@ -215,7 +302,7 @@ and do not believe the answer.
 | file | what | size |
 |---|---|---|
 | `{NAMES["trunk"]}` | the model | {facts["sizes"]["trunk"] / 1e6:.1f} MB |
-| `{NAMES["mtp"]}` | its MTP head, for `MtpDraft` | {facts["sizes"]["mtp"] / 1e6:.1f} MB |
+| `{NAMES["mtp"]}` | its MTP head, for `MtpDraft` | {facts["sizes"]["mtp"] / 1e6:.1f} MB |{dspark_row}
 
 ## Architecture
 GGUF architecture `deepseek4`, every part of the large model in small:
@@ -260,18 +347,19 @@ balanced by bias; what differs from DeepSeek's recipe, and why, is in `tests/ref
 | MTP's best token is the trunk's, positions 1 / 2 / 3 | {mtp_agreement} |
 
 ![loss](loss.png)
-{acceptance}"""
+{acceptance}{dspark}"""
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--run", type=Path, help="the directory that training wrote")
     parser.add_argument("--to", type=Path, default=MODELS, help="where the files go")
+    parser.add_argument("--dspark", type=Path, help="the directory that the training of a DSpark head wrote")
     parser.add_argument("--acceptance", action="store_true", help="only measure the files that are there again")
     parser.add_argument("--no-acceptance", action="store_true", help="leave the measurement for later")
     args = parser.parse_args(arguments)
-    if (args.run is None) != args.acceptance:
-        parser.error("give either --run or --acceptance")
+    if sum((args.run is not None, args.dspark is not None, args.acceptance)) != 1:
+        parser.error("give one of --run, --dspark and --acceptance")
     json_path = args.to / "card.json"
     if args.run:
         from tests.reference import data, tokenizer
@@ -296,8 +384,13 @@ def main(arguments: list[str] | None = None) -> None:
             shutil.copy(licence, args.to / "LICENSE-PYTHON.txt")
     else:
         facts = json.loads(json_path.read_text())
+    if args.dspark:
+        facts["dspark"] = export_dspark(args.dspark, args.to)
     if not args.no_acceptance:
-        facts["acceptance"] = measure_acceptance(args.to)
+        if not args.dspark:
+            facts["acceptance"] = measure_acceptance(args.to)
+        if (found := facts.get("dspark")) is not None:
+            found["acceptance"] = measure_acceptance(args.to, DSPARK, found["block"])
     json_path.write_text(json.dumps(facts, indent=1) + "\n")
     (args.to / "README.md").write_text(card(facts))
 
