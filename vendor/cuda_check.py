@@ -1,7 +1,8 @@
 """Compiles the CUDA files that the patch series touches, where there is no GPU and no CUDA installed.
 
-Run by ``.ci/run``, or by hand: ``python vendor/cuda_check.py``. A touched header means the files that include it. With
-no such file in the series nothing is installed or compiled. The whole backend: ``python -m bench.device.prepare``.
+Run by ``.ci/run``, or by hand: ``python vendor/cuda_check.py``. A touched header means the files that include it, and
+of the many instances of a kernel's template one. With no such file in the series nothing is installed or compiled. The
+whole backend: ``python -m bench.device.prepare``.
 """
 
 from __future__ import annotations
@@ -42,6 +43,19 @@ def to_compile(files: set[str], engine: Path) -> list[str]:
         found |= more
 
 
+def one_of_each(files: list[str]) -> list[str]:
+    """`files` with the first instance alone of each template: all take minutes, and differ in types and sizes."""
+    kernels: set[str] = set()
+    kept = []
+    for path in files:
+        folder, _, name = path.rpartition("/")
+        kernel = name.partition("-instance")[0] if folder.endswith("template-instances") else path
+        if kernel not in kernels:
+            kept.append(path)
+        kernels.add(kernel)
+    return kept
+
+
 def main() -> int:
     files = touched(read_series())
     if not files:
@@ -52,10 +66,18 @@ def main() -> int:
     build = str(cuda_toolkit.BUILD)
     configure = ["cmake", "-S", str(ROOT / "vendor"), "-B", build, "-G", "Ninja", *cuda_toolkit.OPTIONS]
     subprocess.run(configure, check=True, env=env, stdout=subprocess.DEVNULL)
-    sources = to_compile(files, ROOT / "vendor" / "patched")
+    # The build has not every file of the tree: instances for mixed types of cache are an option of the engine's.
+    listed = subprocess.run(["ninja", "-C", build, "-t", "targets", "all"], check=True, env=env, capture_output=True)
+    objects = {target.partition(":")[0] for target in listed.stdout.decode().splitlines()}
+    sources = [path for path in to_compile(files, ROOT / "vendor" / "patched") if _object(path) in objects]
+    sources = one_of_each(sources)
     print(f"compiling {len(sources)} CUDA files:", *sources, sep="\n  ", flush=True)
-    objects = [f"patched/{FOLDER}CMakeFiles/ggml-cuda.dir/{path[len(FOLDER) :]}.o" for path in sources]
-    return subprocess.run(["cmake", "--build", build, "--target", *objects], env=env, check=False).returncode
+    command = ["cmake", "--build", build, "--target", *map(_object, sources)]
+    return subprocess.run(command, env=env, check=False).returncode
+
+
+def _object(path: str) -> str:
+    return f"patched/{FOLDER}CMakeFiles/ggml-cuda.dir/{path[len(FOLDER) :]}.o"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from patches.apply import Series
-from vendor.cuda_check import FOLDER, to_compile, touched
+from vendor.cuda_check import FOLDER, one_of_each, to_compile, touched
 
 FILES = {
     "norm.cu": "norm.cuh",
@@ -49,3 +49,10 @@ def test_edited_and_new_files_of_the_backend_alone() -> None:
 )
 def test_a_header_stands_for_what_includes_it(edited: str, compiled: set[str], engine: Path) -> None:
     assert set(to_compile({FOLDER + edited}, engine)) == {FOLDER + name for name in compiled}
+
+
+def test_one_instance_stands_for_a_template() -> None:
+    files = ["norm.cu", "template-instances/a-instance-1.cu", "template-instances/a-instance-2.cu"]
+    files += ["template-instances/b-instance-1.cu", "x-instance-1.cu", "x-instance-2.cu"]
+    kept = one_of_each([FOLDER + name for name in files])
+    assert kept == [FOLDER + name for name in files if name != "template-instances/a-instance-2.cu"]
