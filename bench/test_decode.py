@@ -20,7 +20,7 @@ import pytest
 from bench.contest import Contender, Contest, contenders, render
 from bench.server import BINARY, ServerContender
 from ds4_mtp_plugin import MtpDraft, NgramDraft
-from ds4_mtp_plugin.cli.demo import BASE, HEAD
+from ds4_mtp_plugin.cli.demo import BASE, DSPARK, HEAD
 from tests.fixtures.planted import BENCH, planted
 
 ROUNDS = int(os.environ.get("DS4_BENCH_ROUNDS", "5"))
@@ -88,7 +88,7 @@ def measure(benchmark: Any, table: Callable[[str], None], title: str, contest: C
         contest.close()
     benchmark.extra_info.update(results)
     table(render(title, results))
-    ours = ("mtp", "automatic", "n-grams")
+    ours = ("mtp", "automatic", "n-grams", "dspark")
     assert all(row.get("same_text", True) for name, row in results.items() if name.startswith(ours))
 
 
@@ -104,7 +104,15 @@ def test_planted_half_a_gigabyte(
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_mini(benchmark: Any, table: Callable[[str], None], directory: Path, name: str) -> None:
-    contest = Contest(BASE, field(HEAD, directory), PROMPTS[name], 256, n_ctx=1536, **THREADS)
+    of_block = [
+        Contender("dspark", lambda: {"draft_model": MtpDraft(DSPARK)}),
+        Contender("dspark k=3", lambda: {"draft_model": MtpDraft(DSPARK, num_pred_tokens=3)}),
+        *(
+            ServerContender("server dspark", DSPARK, 5, 0, directory / "server-dspark.log", "draft-dspark")
+            for _ in range(BINARY in os.environ)
+        ),
+    ]
+    contest = Contest(BASE, [*field(HEAD, directory), *of_block], PROMPTS[name], 256, n_ctx=1536, **THREADS)
     measure(benchmark, table, f"ds4-mini, {name}, 256 tokens", contest)
 
 

@@ -40,7 +40,7 @@ def print_report(plain: Generation | None, drafted: Generation) -> None:
     rows = 1 + stats.proposed / stats.iters
     print(f"cost         verify of {rows:.1f} rows {verify:.2f} ms", end="")
     if stats.draft_decodes:
-        print(f", MTP step {step:.2f} ms", end="")
+        print(f", step of the head {step:.2f} ms", end="")
     if plain is None:
         print()
         _hint(drafted)

@@ -18,13 +18,14 @@ import pytest
 from llama_cpp import Llama
 
 from ds4_mtp_plugin import MtpDraft, cli, engine
-from ds4_mtp_plugin.cli.demo import BASE, HEAD
-from ds4_mtp_plugin.speculation import MtpDrafter
+from ds4_mtp_plugin.cli.demo import BASE, DSPARK, HEAD
+from ds4_mtp_plugin.speculation import DsparkDrafter, MtpDrafter
 from tests.reference import ship
 from tests.text import generate
 
 CARD = json.loads((BASE.parent / "card.json").read_text())
 RECORD = {row["temperature"]: row["rates"] for row in CARD["acceptance"]["rows"]}
+OF_DSPARK = {row["temperature"]: row["rates"] for row in CARD["dspark"]["acceptance"]["rows"]}
 
 # Other kernels flip a near tie here and there, and texts part behind it; the faults below cost far more.
 BAND = 0.06
@@ -32,9 +33,9 @@ BAND = 0.06
 Make = Callable[..., Llama]
 
 
-def accepted(llama: Make, temperature: float, head: Path = HEAD) -> list[float]:
+def accepted(llama: Make, temperature: float, head: Path = HEAD, depth: int = ship.DEPTH) -> list[float]:
     """Acceptance per position over the card's prompts."""
-    draft = MtpDraft(head, num_pred_tokens=ship.DEPTH)
+    draft = MtpDraft(head, num_pred_tokens=depth)
     llm = llama(BASE, n_ctx=2048, draft_model=draft)
     for _ in ship._texts(llm, temperature, CARD["acceptance"]["max_tokens"]):
         pass
@@ -66,6 +67,42 @@ def test_chat_is_plain_seeded_and_greedy(llama: Make) -> None:
 @pytest.mark.parametrize("temperature", sorted(RECORD))
 def test_acceptance_is_the_cards(llama: Make, temperature: float) -> None:
     np.testing.assert_allclose(accepted(llama, temperature), RECORD[temperature], atol=BAND)
+
+
+@pytest.mark.parametrize("temperature", sorted(OF_DSPARK))
+def test_acceptance_of_the_dspark_head_is_the_cards(llama: Make, temperature: float) -> None:
+    found = accepted(llama, temperature, DSPARK, CARD["dspark"]["block"])
+    np.testing.assert_allclose(found, OF_DSPARK[temperature], atol=BAND)
+
+
+@pytest.mark.parametrize("fault", ["layers in another order", "rows of zeros"])
+def test_a_dspark_head_that_reads_something_else_falls_out_of_the_band(
+    llama: Make, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """One layer or one row off costs this head a few per cent alone: parity with the reference is what shows those."""
+    keep, process = engine.Context.keep_layers, DsparkDrafter.process
+    if fault == "layers in another order":
+        monkeypatch.setattr(engine.Context, "keep_layers", lambda self, layers: keep(self, layers[::-1]))
+    else:
+        monkeypatch.setattr(
+            DsparkDrafter,
+            "process",
+            lambda self, seq_id, n_past, tokens, hidden: process(self, seq_id, n_past, tokens, np.zeros_like(hidden)),
+        )
+    found = accepted(llama, 0.0, DSPARK, CARD["dspark"]["block"])
+    assert found[0] < OF_DSPARK[0.0][0] - 2 * BAND and found[1] < OF_DSPARK[0.0][1] - 2 * BAND
+
+
+@pytest.mark.parametrize("options", [{}, {"num_pred_tokens": 5}, {"num_pred_tokens": 2, "p_min": 0.5}], ids=str)
+def test_text_with_the_dspark_head_is_plain(llama: Make, options: dict[str, Any]) -> None:
+    both = [llama(BASE, n_ctx=2048, **more) for more in ({}, {"draft_model": MtpDraft(DSPARK, **options)})]
+    for question in ship.QUESTIONS[:2]:
+        for sampling in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 6}):
+            answers = [
+                llm.create_chat_completion([{"role": "user", "content": question}], max_tokens=120, **sampling)
+                for llm in both
+            ]
+            assert answers[0]["choices"] == answers[1]["choices"]
 
 
 def hidden_row_late(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
@@ -115,10 +152,12 @@ def test_a_fault_of_the_drafts_falls_out_of_the_band(
     assert found[0] < RECORD[0.0][0] - 2 * BAND or found[1] < RECORD[0.0][1] - 2 * BAND
 
 
-def test_the_demo_shows_the_same_text_twice(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["demo", "-n", "60", "-t", "1"]) == 0
+@pytest.mark.parametrize("head", ["mtp", "dspark"])
+def test_the_demo_shows_the_same_text_twice(capsys: pytest.CaptureFixture[str], head: str) -> None:
+    assert cli.main(["demo", "-n", "60", "-t", "1", "--head", head]) == 0
     out = capsys.readouterr().out
     first, second = out.split("--- speculative ---")
     assert first.removeprefix("--- plain ---") == second.split("---\n")[0]
-    for word in ("tokens/s", "accepted", "MTP step", "single trunk row", "A token takes", "of the cycles"):
+    words = ["tokens/s", "accepted", "single trunk row", "A token takes", "of the cycles"]
+    for word in [*words, *["step of the head"] * (head == "mtp")]:  # the other may leave all drafts to the text
         assert word in out
