@@ -223,8 +223,10 @@ class Context:
     def set_hidden(self, mode: int) -> None:
         """From the next decode on keep hidden rows of no (HIDDEN_OFF), the output, or all rows (HIDDEN_ALL).
 
-        Inputs of layers (`keep_layers`) are kept of all rows whatever the mode.
+        Inputs of layers (`keep_layers`) are kept of no or of all rows.
         """
+        for il in self._layers:
+            self._lib.ds4_mtp_set_layer_input(self._ptr, il, mode != HIDDEN_OFF)
         if not self._layers:
             self._lib.ds4_mtp_set_hidden(self._ptr, mode)
 

@@ -18,6 +18,7 @@ import llama_cpp
 
 from ..draft import MAX_PRED_TOKENS, Draft, MtpDraft, gate, in_use
 from ..engine import (
+    HIDDEN_OFF,
     ROLLBACK_COPIES,
     ROLLBACK_RECENT,
     ROLLBACK_SAVED,
@@ -417,6 +418,7 @@ def _open_head(llama: Llama, draft: MtpDraft, target: Context, on_error: ExitSta
         if context.n_vocab != target.n_vocab:
             raise ValueError(f"{draft.model_path} does not belong to {llama.model_path} as the engine loaded it")
         target.keep_layers(model.target_layers)
+        on_error.callback(target.set_hidden, HIDDEN_OFF)
         return DsparkDrafter(
             context,
             width=target.n_hidden,

@@ -19,10 +19,12 @@ Make = Callable[..., tuple[engine.Context, engine.Batch]]
 IN_TURN = [1, 3, 1, 5, 3, 12, 1, 3, 12, 5, 2, 1]
 
 
-def decode(context: engine.Context, batch: engine.Batch, sizes: Sequence[int]) -> tuple[int, np.ndarray]:
+def decode(
+    context: engine.Context, batch: engine.Batch, sizes: Sequence[int], n_past: int = 0
+) -> tuple[int, np.ndarray]:
     """(decodes that took a graph that was there, logits of all rows) of so many rows after the other."""
     pointer = int(engine.ffi.cast("uintptr_t", context._ptr))
-    before, rows, n_past = llama_cpp.llama_perf_context(pointer).n_reused, [], 0
+    before, rows = llama_cpp.llama_perf_context(pointer).n_reused, []
     for n in sizes:
         tokens = [300 + (n_past + i) % 100 for i in range(n)]
         context.decode(batch.set(tokens, n_past, 0, outputs="all"))
@@ -78,3 +80,29 @@ def test_one_size_takes_one_graph_wherever_its_rows_lie(make: Make, n: int) -> N
     """A compressor's block of 4 positions ends once or twice in 5 rows: the graph is for both."""
     reused, _ = decode(*make(), [n] * 20)
     assert reused == 19
+
+
+def test_inputs_of_layers_may_come_and_go(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept is of this decode, and graphs of the rows with it and without are built once."""
+    sizes = [(2, True), (2, False), (2, True), (12, False), (2, True), (3, False), (3, False), (2, True)]
+
+    def run(toggled: bool) -> tuple[int, np.ndarray]:
+        context, batch = make()
+        context.keep_layers([1, 3])
+        rows, n_past, reused = [], 0, 0
+        for n, on in sizes:
+            context.set_hidden(engine.HIDDEN_ALL if on or not toggled else engine.HIDDEN_OFF)
+            reused += decode(context, batch, [n], n_past)[0]
+            if on:
+                rows.append(context.hidden_rows(0, n).copy())
+            elif toggled:
+                with pytest.raises(engine.EngineError):
+                    context.hidden_rows(0, n)
+            n_past += n
+        return reused, np.concatenate(rows)
+
+    reused, found = run(toggled=True)
+    assert reused == 3  # rows 2 twice behind others with the same inputs, and rows 3
+    monkeypatch.setenv("LLAMA_GRAPH_REUSE_DISABLE", "1")
+    _, expected = run(toggled=False)
+    assert (found == expected).all()

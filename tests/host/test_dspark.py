@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from llama_cpp import Llama
 
-from ds4_mtp_plugin import MtpDraft, cli
+from ds4_mtp_plugin import MtpDraft, cli, engine
 from ds4_mtp_plugin.gguf import DSPARK, check_head, check_pair, read_model
+from ds4_mtp_plugin.host import opening
 from ds4_mtp_plugin.speculation import DsparkDrafter
 from tests.fixtures import GPU_LAYERS
 from tests.fixtures.dspark_gguf import N_BLOCK, write_dspark
@@ -122,6 +123,22 @@ def test_confidence_ends_a_draft(llama: Make, files: Planted, head: Path) -> Non
         generate(llm, files.cycle[:30].tolist(), 100)
         lengths.append(draft.stats.proposed / max(1, draft.stats.iters + draft.stats.plain))
     assert lengths[0] > lengths[1] > lengths[2]
+
+
+def test_a_head_that_fails_to_open_leaves_nothing_on(
+    llama: Make, files: Planted, head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise engine.EngineError("of the test")
+
+    monkeypatch.setattr(opening, "DsparkDrafter", fail)
+    with pytest.warns(RuntimeWarning, match="of the test"):
+        llm = llama(files.trunk, draft_model=MtpDraft(head))
+    generate(llm, files.cycle[:30].tolist(), 3)
+    target = engine.Context(opening.library(), llm._ctx.ctx, owned=False)
+    target._layers = (1,)
+    with pytest.raises(engine.NoSuchRow):
+        target.hidden_rows(0, 1)
 
 
 def test_memory_does_not_grow(llama: Make, files: Planted, head: Path) -> None:
