@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from llama_cpp import Llama, llama_cpp
 
 from tests.fixtures import GPU_LAYERS
-from tests.fixtures.planted import BY_CONTEXT, Planted
+from tests.fixtures.planted import BY_CONTEXT, TINY, Planted
 
 
 def first_of_the_greatest(row: list[float]) -> int:
@@ -20,9 +21,14 @@ def first_of_the_greatest(row: list[float]) -> int:
     return best
 
 
+@pytest.mark.parametrize("n_vocab", [512, 509])
 @pytest.mark.parametrize("chained", [True, False], ids=["chain", "alone"])
-def test_the_best_token_is_the_first_of_the_greatest(plant: Callable[..., Planted], chained: bool) -> None:
-    llm = Llama(str(plant(**BY_CONTEXT).trunk), n_ctx=256, n_gpu_layers=GPU_LAYERS, verbose=False)
+def test_the_best_token_is_the_first_of_the_greatest(
+    plant: Callable[..., Planted], chained: bool, n_vocab: int
+) -> None:
+    """Of a vocabulary that ends with a whole block of logits, and of one that does not."""
+    config = dataclasses.replace(TINY, n_vocab=n_vocab)
+    llm = Llama(str(plant(config=config, **BY_CONTEXT).trunk), n_ctx=256, n_gpu_layers=GPU_LAYERS, verbose=False)
     llm.eval([300])
     n = llm.n_vocab()
     row = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), (n,))
