@@ -21,6 +21,7 @@ from bench.contest import Contender, Contest, contenders, render
 from bench.server import BINARY, ServerContender
 from ds4_mtp_plugin import MtpDraft, NgramDraft
 from ds4_mtp_plugin.cli.demo import BASE, DSPARK, HEAD
+from tests.fixtures.dspark_gguf import write_dspark
 from tests.fixtures.planted import BENCH, planted
 
 ROUNDS = int(os.environ.get("DS4_BENCH_ROUNDS", "5"))
@@ -76,6 +77,21 @@ def field(mtp: Path, directory: Path) -> list[Contender]:
     return [*contenders(mtp), *servers]
 
 
+def of_block(head: Path, directory: Path) -> list[Contender]:
+    """Contenders with a DSpark head. The server verifies whole blocks, or what is as sure as it asks by itself."""
+    ours = [
+        Contender("dspark", lambda: {"draft_model": MtpDraft(head)}),
+        Contender("dspark k=3", lambda: {"draft_model": MtpDraft(head, num_pred_tokens=3)}),
+        Contender("dspark k=5", lambda: {"draft_model": MtpDraft(head, num_pred_tokens=5)}),
+    ]
+    servers = [
+        ServerContender(f"server {name}", head, 5, 0, directory / f"server-{name}.log", "draft-dspark", *more)
+        for name, more in (("dspark", ()), ("dspark, all", ("--spec-draft-p-min", "0")))
+        if BINARY in os.environ
+    ]
+    return [*ours, *servers]
+
+
 def measure(benchmark: Any, table: Callable[[str], None], title: str, contest: Contest) -> None:
     try:
         contest.round()  # warm-up: weights into memory, graphs built
@@ -102,17 +118,21 @@ def test_planted_half_a_gigabyte(
     measure(benchmark, table, f"planted, 500 MB of Q8_0, acceptance {acceptance}, 128 tokens", contest)
 
 
+@pytest.mark.parametrize("noise", [0.02, 0.1, 1.0])
+def test_planted_with_a_dspark_head(
+    benchmark: Any, table: Callable[[str], None], directory: Path, noise: float
+) -> None:
+    files = planted(directory, config=BENCH, quant="Q8_0")
+    head = write_dspark(directory / f"dspark-{noise}.gguf", files, BENCH, noise=noise)
+    field = [Contender("plain", dict), *of_block(head, directory)]
+    contest = Contest(files.trunk, field, files.cycle[:64].tolist(), 128, n_ctx=1024, **THREADS)
+    measure(benchmark, table, f"planted, 500 MB of Q8_0, DSpark head with noise {noise}, 128 tokens", contest)
+
+
 @pytest.mark.parametrize("name", PROMPTS)
 def test_mini(benchmark: Any, table: Callable[[str], None], directory: Path, name: str) -> None:
-    of_block = [
-        Contender("dspark", lambda: {"draft_model": MtpDraft(DSPARK)}),
-        Contender("dspark k=3", lambda: {"draft_model": MtpDraft(DSPARK, num_pred_tokens=3)}),
-        *(
-            ServerContender("server dspark", DSPARK, 5, 0, directory / "server-dspark.log", "draft-dspark")
-            for _ in range(BINARY in os.environ)
-        ),
-    ]
-    contest = Contest(BASE, [*field(HEAD, directory), *of_block], PROMPTS[name], 256, n_ctx=1536, **THREADS)
+    both = [*field(HEAD, directory), *of_block(DSPARK, directory)]
+    contest = Contest(BASE, both, PROMPTS[name], 256, n_ctx=1536, **THREADS)
     measure(benchmark, table, f"ds4-mini, {name}, 256 tokens", contest)
 
 
