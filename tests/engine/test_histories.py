@@ -16,7 +16,7 @@ from ds4_mtp_plugin.host.opening import GPU_BLOCK
 from ds4_mtp_plugin.speculation import CommonSpeculative
 from tests import LONG
 from tests.fixtures import GPU_LAYERS
-from tests.fixtures.planted import BY_CONTEXT, Planted
+from tests.fixtures.planted import BY_CONTEXT, TINY, Planted
 
 N_CYCLES = 250  # a history; at most 9 tokens each, so that a context of 2304 holds it
 N_HISTORIES = 40 if LONG else 2
@@ -55,23 +55,35 @@ def context(model: engine.Model, **params: int) -> engine.Context:
     return model.new_context(n_ctx=2304, n_ubatch=32, n_threads=1, n_threads_batch=1, **params)
 
 
-def fresh(model: engine.Model, tokens: Sequence[int]) -> Rows:
-    """The logits of each token, decoded one by one in a context of its own."""
+def row(target: engine.Context, i: int) -> Rows:
+    """What a decode gives of batch row `i`: logits, and the inputs of the layers that are kept."""
+    kept = target.hidden_rows(i, 1)[0] if target._layers else []
+    return np.concatenate([target.logits(i), kept])
+
+
+def fresh(model: engine.Model, tokens: Sequence[int], layers: Sequence[int]) -> Rows:
+    """The row of each token, decoded one by one in a context of its own."""
     target, batch = context(model), engine.Batch(1)
-    rows = np.empty((len(tokens), target.n_vocab), np.float32)
+    target.keep_layers(layers)
+    rows = []
     for i, token in enumerate(tokens):
         target.decode(batch.set([token], i, 0))
-        rows[i] = target.logits()
+        rows.append(row(target, 0))
     target.close()
-    return rows
+    return np.stack(rows)
 
 
 def history(
-    model: engine.Model, seed: int, accept: Callable[[np.random.Generator, int], int], wrong: Callable[..., int]
+    model: engine.Model,
+    seed: int,
+    accept: Callable[[np.random.Generator, int], int],
+    wrong: Callable[..., int],
+    layers: Sequence[int],
 ) -> tuple[list[int], Rows, Counter[tuple[int, int, int]]]:
-    """(the committed tokens, the logits of each, how often at (position mod 4, depth, accepted)) of random cycles."""
+    """(the committed tokens, the row of each, how often at (position mod 4, depth, accepted)) of random cycles."""
     random = np.random.default_rng(seed)
     target, drafter = context(model, n_rs_seq=DEPTH), Scripted()
+    target.keep_layers(layers)
     spec = CommonSpeculative(target, drafter, n_draft=DEPTH, within=GPU_BLOCK if GPU_LAYERS else None)
     tokens: list[int] = []
     rows: list[Rows] = []
@@ -88,7 +100,7 @@ def history(
         n_accepted, depth = min(n_accepted, len(drafts)), len(drafts)
         verify = spec.verify(0, len(tokens), last, drafts)
         cycles[len(tokens) % 4, depth, n_accepted] += 1
-        rows += [target.logits(i).copy() for i in range(n_accepted + 1)]
+        rows += [row(target, i) for i in range(n_accepted + 1)]
         tokens += [last, *drafts[:n_accepted]]
         verify.row = n_accepted
         spec.accept(verify)
@@ -102,13 +114,20 @@ def any_token(random: np.random.Generator) -> int:
     return int(random.integers(0, 512))
 
 
-CASES: dict[str, tuple[Callable[[np.random.Generator, int], int], Callable[..., int]]] = {
-    "random": (lambda random, depth: int(random.integers(0, depth + 1)), any_token),
-    "all right": (lambda random, depth: depth, any_token),
-    "all wrong": (lambda random, depth: 0, any_token),
+def any_number(random: np.random.Generator, depth: int) -> int:
+    return int(random.integers(0, depth + 1))
+
+
+#: (how many of `depth` drafts are right, a wrong one, layers whose inputs are kept)
+CASES: dict[str, tuple[Any, Any, Sequence[int]]] = {
+    "random": (any_number, any_token, ()),
+    "random, with the inputs of layers": (any_number, any_token, (1, 3, TINY.n_layer)),
+    "all right": (lambda random, depth: depth, any_token, ()),
+    "all wrong": (lambda random, depth: 0, any_token, ()),
     "BOS and EOS": (
         lambda random, depth: int(random.integers(0, depth)),
         lambda random: int(random.choice([BOS, EOS])),
+        (),
     ),
 }
 
@@ -118,7 +137,7 @@ def test_any_history_is_a_fresh_run(model: engine.Model, case: str) -> None:
     done: Counter[tuple[int, int, int]] = Counter()
     for seed in range(N_HISTORIES if case == "random" else max(1, N_HISTORIES // 4)):
         tokens, rows, cycles = history(model, seed, *CASES[case])
-        differing = (rows != fresh(model, tokens)).any(1)
+        differing = (rows != fresh(model, tokens, CASES[case][2])).any(1)
         assert np.flatnonzero(differing).tolist() == []
         done += cycles
     if case == "random":

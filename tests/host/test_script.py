@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ds4_mtp_plugin.cli.demo import BASE, HEAD
+from ds4_mtp_plugin.cli.demo import BASE, DSPARK, HEAD
 from tests.host.test_host_abilities import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,14 +84,15 @@ WITH = 'from ds4_mtp_plugin import MtpDraft\noptions = {"draft_model": MtpDraft(
 WITHOUT = "import ds4_mtp_plugin\noptions = {}"
 
 
-def test_it_prints_the_same_with_and_without_a_draft(tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize("head", [HEAD, DSPARK], ids=["mtp", "dspark"])
+def test_it_prints_the_same_with_and_without_a_draft(tmp_path_factory: pytest.TempPathFactory, head: Path) -> None:
     other = tiny_llama(tmp_path_factory.mktemp("other") / "llama.gguf")
     printed = []
     for draft in (WITHOUT, WITH):
         script = tmp_path_factory.mktemp("script") / "script.py"
         script.write_text(SCRIPT.replace("DRAFT", draft))
         done = subprocess.run(
-            [sys.executable, str(script), str(BASE), str(HEAD), str(other)],
+            [sys.executable, str(script), str(BASE), str(head), str(other)],
             capture_output=True,
             text=True,
             timeout=600,
