@@ -16,6 +16,8 @@
 #define DS4_MTP_ALWAYS_INLINE static inline __attribute__((always_inline))
 #endif
 
+#include "ggml.h"
+
 #include <stddef.h>
 
 #ifdef __cplusplus
@@ -25,6 +27,10 @@ extern "C" {
 // Dot products of the row vx of Q8_0 weights with nc <= DS4_MTP_COLUMNS rows at vy, vy + by, ...; results s[0], s[bs], ...
 // On x86 with AVX2 (arch/x86/quants.c).
 void ds4_mtp_vec_dots_q8_0(int n, float * s, size_t bs, const void * vx, const void * vy, size_t by, int nc);
+
+// Products of nr <= DS4_MTP_COLUMNS rows of Q8_0, of n numbers each, with nc columns of weights that lie interleaved by 8.
+// False where no kernel takes the type or so many numbers: nothing was computed. On x86 (arch/x86/ds4-mtp-lut.h).
+bool ds4_mtp_gemv_rows(enum ggml_type type, int n, float * const * out, const void * vx, const void * const * vy, int nr, int nc);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,126 @@
+"""Kernels for interleaved weights of 4 bits: upstream's bits, by each set of instructions they are written for."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from ds4_mtp_plugin import host
+
+ENGINE = Path(__file__).parents[2] / "vendor" / "patched" / "ggml"
+SOURCE = ENGINE / "src" / "ggml-cpu" / "arch" / "x86" / "repack.cpp"
+
+# By its name in the kernels': the number in ggml.h, and how 8 columns' scales are written.
+TYPES = {"q4_0": (2, np.float16), "iq4_nl": (20, np.float16), "mxfp4": (39, np.uint8)}
+
+AVX2 = ("avx2", "fma", "f16c")
+FLAVOURS = {
+    "as installed": (),
+    "AVX2": AVX2,
+    "AVX-VNNI": (*AVX2, "avxvnni"),
+    "AVX-512": (*AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq"),
+    "AVX-512 with VNNI": (*AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"),
+}
+
+
+def flags() -> set[str]:
+    found = Path("/proc/cpuinfo")
+    lines = found.read_text().splitlines() if found.is_file() else []
+    words = next((line.split() for line in lines if line.startswith("flags")), [])
+    return {word.replace("avx_vnni", "avxvnni").replace("avx512_vnni", "avx512vnni") for word in words}
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctypes.CDLL]:
+    """The library with the kernels of a flavour, which is compiled."""
+    folder = Path(host.library_path()).parent
+    ctypes.CDLL(str(folder / "libggml-base.so"))
+    installed = ctypes.CDLL(str(folder / "libggml-cpu.so"))
+    if not hasattr(installed, "ds4_mtp_gemv_rows"):
+        pytest.skip("not on this kind of CPU")
+    installed.ggml_cpu_init()  # its tables are the other flavours' too
+
+    def kernels(flavour: str) -> ctypes.CDLL:
+        wanted = FLAVOURS[flavour]
+        if not wanted:
+            return installed
+        if missing := set(wanted) - flags():
+            pytest.skip(f"this CPU has no {missing}")
+        compiler = shutil.which("c++")
+        if compiler is None or not SOURCE.is_file():
+            pytest.skip("needs a compiler, and the engine's source: python vendor/fetch.py && python patches/apply.py")
+        library = tmp_path_factory.mktemp("kernels") / "kernels.so"
+        includes = [f"-I{path}" for path in (ENGINE / "include", ENGINE / "src", ENGINE / "src" / "ggml-cpu")]
+        options = [
+            "-std=c++17",
+            "-O1",
+            "-w",
+            "-shared",
+            "-fPIC",
+            "-Wl,-Bsymbolic",
+            f"-L{folder}",
+            f"-Wl,-rpath,{folder}",
+        ]
+        command = [compiler, *options, *(f"-m{name}" for name in wanted), *includes, str(SOURCE)]
+        subprocess.run([*command, "-lggml-cpu", "-lggml-base", "-o", str(library)], check=True)
+        return ctypes.CDLL(str(library))
+
+    return kernels
+
+
+def weights(name: str, n: int, nc: int) -> npt.NDArray[np.uint8]:
+    """Random blocks of 8 columns. A single one has MXFP4's least scales alone, beside which others would be all."""
+    random, n_blocks = np.random.default_rng(n), n // 32 * nc // 8
+    if TYPES[name][1] is np.uint8:
+        scales = random.integers(0, 4 if n == 32 else 150, (n_blocks, 8), np.uint8)
+    else:
+        scales = random.normal(size=(n_blocks, 8)).astype(np.float16).view(np.uint8)
+    return np.concatenate([scales, random.integers(0, 256, (n_blocks, 128), np.uint8)], axis=1)
+
+
+def row(n: int, seed: int) -> npt.NDArray[np.uint8]:
+    """A random row of Q8_0; one that is all of the greatest or the least numbers for the first two seeds."""
+    random = np.random.default_rng(seed)
+    scales = random.normal(size=(n // 32, 1)).astype(np.float16).view(np.uint8)
+    numbers = random.integers(-127, 128, (n // 32, 32), np.int8)
+    if seed < 2:
+        numbers[:] = (-127, 127)[seed]
+    return np.concatenate([scales, numbers.view(np.uint8)], axis=1)
+
+
+def pointer(array: npt.NDArray[np.generic]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_several_rows_have_the_bits_of_single_ones(kernels: Callable[[str], ctypes.CDLL], flavour: str) -> None:
+    library = kernels(flavour)
+    library.ds4_mtp_gemv_rows.restype = ctypes.c_bool
+    taken = set()
+    for name, (number, _) in TYPES.items():
+        upstream = getattr(library, f"ggml_gemv_{name}_8x8_q8_0")
+        for n, nc in ((32, 8), (96, 24), (4096, 16), (512 * 32, 8), (513 * 32, 8)):
+            packed = np.ascontiguousarray(weights(name, n, nc))
+            rows = [np.ascontiguousarray(row(n, seed)) for seed in range(4)]
+            expected = np.zeros((4, nc), np.float32)
+            for each, out in zip(rows, expected):
+                upstream(n, pointer(out), ctypes.c_size_t(nc), pointer(packed), pointer(each), 1, nc)
+            for nr in (1, 2, 3, 4):
+                found = np.zeros((nr, nc), np.float32)
+                outs = (ctypes.c_void_p * nr)(*(out.ctypes.data for out in found))
+                ins = (ctypes.c_void_p * nr)(*(each.ctypes.data for each in rows[:nr]))
+                if library.ds4_mtp_gemv_rows(number, n, outs, pointer(packed), ins, nr, nc):
+                    taken.add((name, n))
+                    assert found.tobytes() == expected[:nr].tobytes(), (name, n, nr)
+                else:
+                    assert not found.any()
+    assert {n for name, n in taken if name == "mxfp4"} == {32, 96, 4096, 512 * 32}
+    assert (("iq4_nl", 32) in taken) == ("avx512vnni" in flags() if flavour == "as installed" else "VNNI" in flavour)
+    assert not library.ds4_mtp_gemv_rows(8, 32, None, None, None, 1, 8)  # Q8_0
