@@ -30,8 +30,6 @@ template <> struct ds4_mtp_lut<block_iq4_nlx8> { static constexpr int offset = 1
 
 // a row's scales and sums are on the stack
 static constexpr int DS4_MTP_LUT_BLOCKS = 512;
-// bytes of weights that are asked for before they are wanted: what the hardware fetches by itself ends with a page
-static constexpr int DS4_MTP_LUT_AHEAD = 4096;
 
 // without VNNI two products are added in 16 bits: IQ4_NL's are too large
 template <typename block_tx8> static bool ds4_mtp_lut_takes(int n) {
@@ -107,9 +105,7 @@ static void ds4_mtp_lut_rows(int n, float * const * out, const void * vx, const 
             acc[r] = _mm256_setzero_ps();
         }
         for (int b = 0; b < nb; ++b) {
-            for (int i = 0; i < 3; ++i) {
-                _mm_prefetch((const char *) (w + b) + DS4_MTP_LUT_AHEAD + 64*i, _MM_HINT_T0);
-            }
+            ds4_mtp_ask_ahead(w + b, sizeof(block_tx8));
             const __m256 column = ds4_mtp_lut_scales(w[b]);
 #if defined(DS4_MTP_LUT_512)
             // 8 bytes of each column: 0 to 7 and, above them, 16 to 23; then 8 to 15 and 24 to 31
