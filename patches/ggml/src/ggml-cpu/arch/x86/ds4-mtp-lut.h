@@ -14,11 +14,13 @@
 
 #include <cstring>
 
+// whether four products of bytes are added by one instruction
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define DS4_MTP_LUT_512
+#if defined(__AVX512VNNI__)
+#define DS4_MTP_LUT_VNNI
 #endif
-
-#if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
+#elif defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
 #define DS4_MTP_LUT_VNNI
 #endif
 
@@ -61,7 +63,7 @@ static inline long long ds4_mtp_lut_8(const int8_t * y) {
 #if defined(DS4_MTP_LUT_512)
 
 static inline __m512i ds4_mtp_lut_dot(__m512i acc, __m512i x, __m512i y) {
-#if defined(__AVX512VNNI__)
+#if defined(DS4_MTP_LUT_VNNI)
     return _mm512_dpbusd_epi32(acc, x, y);
 #else
     return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(x, y), _mm512_set1_epi16(1)));
