@@ -157,18 +157,23 @@ def test_a_deadline_from_another_thread_reaches_the_app(both: tuple[Llama, Llama
     plain, llm = both
     raised = 0
 
-    def raising(thread: int) -> None:
+    def raising(thread: int, arrived: threading.Event) -> None:
         time.sleep(0.03)
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Deadline))
+        while True:  # Python drops an exception that arrives while a generator is collected
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Deadline))
+            if arrived.wait(10):
+                return
 
     for _ in range(20):
-        other = threading.Thread(target=raising, args=(threading.get_ident(),))
+        arrived = threading.Event()
+        other = threading.Thread(target=raising, args=(threading.get_ident(), arrived))
         other.start()
         try:
             while True:
                 generate(llm, PROMPT, 50)
         except Deadline:
             raised += 1
+        arrived.set()
         other.join()
     assert raised == 20
     assert llm.draft_model.stats.failures == 0
