@@ -26,14 +26,14 @@ class ServerContender(Contender):
     """
 
     def __init__(
-        self, name: str, head: Path, depth: int, n_gpu_layers: int, log: Path, spec: str = "draft-mtp", *more: str
+        self, name: str, head: Path, depth: int, n_gpu_layers: int, log: Path, spec: str = "draft-mtp"
     ) -> None:
         super().__init__(name, dict)
         self._gpu = str(999 if n_gpu_layers < 0 else n_gpu_layers)
         self._draft: list[str] = []
         if depth:
             self._draft = ["--spec-type", spec, "--spec-draft-model", str(head), "--spec-draft-ngl", self._gpu]
-            self._draft += ["--spec-draft-n-max", str(depth), *more]
+            self._draft += ["--spec-draft-n-max", str(depth)]
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
         self._url = ""

@@ -78,18 +78,15 @@ def field(mtp: Path, directory: Path) -> list[Contender]:
 
 
 def of_block(head: Path, directory: Path) -> list[Contender]:
-    """Contenders with a DSpark head. The server verifies whole blocks, or what is as sure as it asks by itself."""
+    """Contenders with a DSpark head, of which the server verifies whole blocks."""
     ours = [
         Contender("dspark", lambda: {"draft_model": MtpDraft(head)}),
         Contender("dspark k=3", lambda: {"draft_model": MtpDraft(head, num_pred_tokens=3)}),
         Contender("dspark k=5", lambda: {"draft_model": MtpDraft(head, num_pred_tokens=5)}),
     ]
-    servers = [
-        ServerContender(f"server {name}", head, 5, 0, directory / f"server-{name}.log", "draft-dspark", *more)
-        for name, more in (("dspark", ()), ("dspark, all", ("--spec-draft-p-min", "0")))
-        if BINARY in os.environ
-    ]
-    return [*ours, *servers]
+    if BINARY in os.environ:
+        ours.append(ServerContender("server dspark", head, 5, 0, directory / "server-dspark.log", "draft-dspark"))
+    return ours
 
 
 def measure(benchmark: Any, table: Callable[[str], None], title: str, contest: Contest) -> None:

@@ -181,6 +181,7 @@ class Context:
         }
         self.n_rollback = most.get(library.rollback(model), 0)
         self._layers: tuple[int, ...] = ()
+        self._layers_on = False
         self._best = ffi.new("struct ds4_mtp_best *")
         self._picker: Any = None
 
@@ -225,10 +226,12 @@ class Context:
 
         Inputs of layers (`keep_layers`) are kept of no or of all rows.
         """
-        for il in self._layers:
-            self._lib.ds4_mtp_set_layer_input(self._ptr, il, mode != HIDDEN_OFF)
         if not self._layers:
             self._lib.ds4_mtp_set_hidden(self._ptr, mode)
+        elif self._layers_on != (mode != HIDDEN_OFF):  # each call is a line to the host's logger, at every token
+            self._layers_on = not self._layers_on
+            for il in self._layers:
+                self._lib.ds4_mtp_set_layer_input(self._ptr, il, self._layers_on)
 
     def keep_layers(self, layers: Sequence[int]) -> None:
         """From the next decode on the hidden rows are the inputs of `layers`, one behind the other.
@@ -239,7 +242,7 @@ class Context:
         for il in layers:
             if not self._lib.ds4_mtp_set_layer_input(self._ptr, il, True):
                 raise EngineError(f"the engine does not give the input of layer {il} of this model")
-        self._layers = tuple(layers)
+        self._layers, self._layers_on = tuple(layers), True
 
     def see_all(self) -> None:
         """From the next decode on every row of a batch sees all of it, not those before it alone."""

@@ -83,7 +83,7 @@ def test_one_size_takes_one_graph_wherever_its_rows_lie(make: Make, n: int) -> N
 
 
 def test_inputs_of_layers_may_come_and_go(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is kept is of this decode, and graphs of the rows with it and without are built once."""
+    """What is kept is of this decode, and a graph is taken again where it keeps the same."""
     sizes = [(2, True), (2, False), (2, True), (12, False), (2, True), (3, False), (3, False), (2, True)]
 
     def run(toggled: bool) -> tuple[int, np.ndarray]:

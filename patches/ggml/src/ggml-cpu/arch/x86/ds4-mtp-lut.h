@@ -78,13 +78,13 @@ static void ds4_mtp_lut_rows(int n, float * const * out, const void * vx, const 
     constexpr int offset = ds4_mtp_lut<block_tx8>::offset;
 
     const int nb = n/QK8_0;
-#if !defined(DS4_MTP_LUT_512)
-    const __m256i low8 = _mm256_set1_epi8(0x0F);
-#endif
-    const __m256i lut8 = _mm256_broadcastsi128_si256(_mm_add_epi8(table, _mm_set1_epi8(offset)));
+    const __m128i positive = _mm_add_epi8(table, _mm_set1_epi8(offset));
 #if defined(DS4_MTP_LUT_512)
-    const __m512i lut  = _mm512_broadcast_i32x4(_mm256_castsi256_si128(lut8));
-    const __m512i low  = _mm512_set1_epi8(0x0F);
+    const __m512i lut = _mm512_broadcast_i32x4(positive);
+    const __m512i low = _mm512_set1_epi8(0x0F);
+#else
+    const __m256i lut = _mm256_broadcastsi128_si256(positive);
+    const __m256i low = _mm256_set1_epi8(0x0F);
 #endif
 
     float   scale[NR][DS4_MTP_LUT_BLOCKS];
@@ -122,8 +122,8 @@ static void ds4_mtp_lut_rows(int n, float * const * out, const void * vx, const 
             for (int h = 0; h < 2; ++h) {
                 for (int c = 0; c < 2; ++c) {
                     const __m256i q = _mm256_loadu_si256((const __m256i *) w[b].qs + 2*h + c);
-                    weights[2*h + c]     = _mm256_shuffle_epi8(lut8, _mm256_and_si256(q, low8));
-                    weights[2*h + c + 4] = _mm256_shuffle_epi8(lut8, _mm256_and_si256(_mm256_srli_epi16(q, 4), low8));
+                    weights[2*h + c]     = _mm256_shuffle_epi8(lut, _mm256_and_si256(q, low));
+                    weights[2*h + c + 4] = _mm256_shuffle_epi8(lut, _mm256_and_si256(_mm256_srli_epi16(q, 4), low));
                 }
             }
 #endif
