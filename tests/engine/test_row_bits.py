@@ -74,6 +74,15 @@ def test_as_on_cpus_that_repack_no_weights(plant: Plant, quant: str) -> None:
     assert {k: differing(alone, decode(files, k, repack=False)) for k in widths} == {k: [] for k in widths}
 
 
+@pytest.mark.parametrize("quant", ["Q4_0", "IQ4_NL", "MXFP4"])
+def test_repacked_weights_are_the_same_weights(plant: Plant, quant: str) -> None:
+    """Other kernels add in another order. In single rows a wrong input would be the same in every width."""
+    files = plant(**BY_CONTEXT, config=WIDE, quant=quant)
+    (there, _), (here, _) = decode(files, 1, repack=False), decode(files, 1)
+    apart = np.abs(here - there).max(1)
+    assert np.median(apart) < 0.02 * np.abs(there).max()
+
+
 @pytest.mark.parametrize("quant", ["F16", "Q8_0", "Q4_K"])
 @pytest.mark.parametrize("flash", [False, True])
 @pytest.mark.parametrize("threads", [(1, 2), (2, 1), (2, 3)])
