@@ -76,8 +76,11 @@ class Contender:
             self.llm.close()
 
 
-def contenders(mtp: Path, depths: Sequence[int] = (1, 2, 3)) -> list[Contender]:
-    """Plain decoding, the head at the depth that it chooses and at fixed ones, and the host's stock draft model."""
+def contenders(mtp: Path | None, depths: Sequence[int] = (1, 2, 3)) -> list[Contender]:
+    """Plain decoding, the head at the depth that it chooses and at fixed ones, and the host's stock draft model.
+
+    `mtp`: None for a head in the model's file.
+    """
     return [
         Contender("plain", dict),
         Contender("automatic", lambda: {"draft_model": MtpDraft(mtp)}),

@@ -22,18 +22,21 @@ BINARY = "DS4_LLAMA_SERVER"  # the environment variable that names it
 class ServerContender(Contender):
     """``llama-server``, at a depth above 0 with ``--spec-type`` `spec`; the same model files and options as a Llama.
 
+    `head`: None for the one in the model's file.
+
     The server's own clock is taken: from the first token to the last, no HTTP.
     """
 
     def __init__(
-        self, name: str, head: Path, depth: int, n_gpu_layers: int, log: Path, spec: str = "draft-mtp"
+        self, name: str, head: Path | None, depth: int, n_gpu_layers: int, log: Path, spec: str = "draft-mtp"
     ) -> None:
         super().__init__(name, dict)
         self._gpu = str(999 if n_gpu_layers < 0 else n_gpu_layers)
         self._draft: list[str] = []
         if depth:
-            self._draft = ["--spec-type", spec, "--spec-draft-model", str(head), "--spec-draft-ngl", self._gpu]
-            self._draft += ["--spec-draft-n-max", str(depth)]
+            self._draft = ["--spec-type", spec, "--spec-draft-n-max", str(depth)]
+            if head is not None:
+                self._draft += ["--spec-draft-model", str(head), "--spec-draft-ngl", self._gpu]
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
         self._url = ""

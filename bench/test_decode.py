@@ -22,6 +22,7 @@ from bench.server import BINARY, ServerContender
 from ds4_mtp_plugin import MtpDraft, NgramDraft
 from ds4_mtp_plugin.cli.demo import BASE, DSPARK, HEAD
 from tests.fixtures.dspark_gguf import write_dspark
+from tests.fixtures.mtp_gguf import HALF_A_GIGABYTE, plant
 from tests.fixtures.planted import BENCH, planted
 
 ROUNDS = int(os.environ.get("DS4_BENCH_ROUNDS", "5"))
@@ -67,7 +68,7 @@ PROMPTS = {
 }
 
 
-def field(mtp: Path, directory: Path) -> list[Contender]:
+def field(mtp: Path | None, directory: Path) -> list[Contender]:
     """All contenders, llama.cpp's own server among them where there is one."""
     servers = [
         ServerContender(f"server k={k}" if k else "server plain", mtp, k, 0, directory / f"server-{k}.log")
@@ -113,6 +114,28 @@ def test_planted_half_a_gigabyte(
     prompt = files.cycle[:64].tolist()
     contest = Contest(files.trunk, field(files.mtp, directory), prompt, 128, n_ctx=1024, **THREADS)
     measure(benchmark, table, f"planted, 500 MB of Q8_0, acceptance {acceptance}, 128 tokens", contest)
+
+
+def test_planted_hybrid(benchmark: Any, table: Callable[[str], None], directory: Path) -> None:
+    """A head in the model's file that attends over everything, beside recurrent layers."""
+    files = plant(directory, "qwen35", family=HALF_A_GIGABYTE)
+    contest = Contest(files.trunk, field(None, directory), files.prompt(64), 128, n_ctx=1024, **THREADS)
+    measure(benchmark, table, "planted hybrid (qwen35), 500 MB of Q8_0, 128 tokens", contest)
+
+
+@pytest.mark.parametrize("n", [1000, 8000])
+def test_first_token_of_a_hybrid(benchmark: Any, table: Callable[[str], None], directory: Path, n: int) -> None:
+    """What a head that attends over everything costs a prompt."""
+    files = plant(directory, "qwen35", **({"family": HALF_A_GIGABYTE} if n < 8000 else {}))
+    both = [
+        Contender("plain", dict),
+        Contender("plain again", dict),
+        Contender("automatic", lambda: {"draft_model": MtpDraft(checkpoints_mb=0)}),
+        *(each for each in field(None, directory) if isinstance(each, ServerContender)),
+    ]
+    contest = Contest(files.trunk, both, files.prompt(n), 2, n_ctx=n + 64, **THREADS)
+    size = "500 MB" if n < 8000 else "2 MB"
+    measure(benchmark, table, f"planted hybrid (qwen35), {size}, the first token behind {n} ('first')", contest)
 
 
 @pytest.mark.parametrize("noise", [0.02, 0.1, 1.0])
