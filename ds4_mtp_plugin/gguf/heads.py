@@ -23,6 +23,7 @@ __all__ = [
     "Model",
     "check_base",
     "check_head",
+    "check_headers",
     "check_inside",
     "check_pair",
     "read_model",
@@ -170,10 +171,16 @@ def check_pair(base_path: PathLike, head_path: PathLike, overrides: Overrides | 
         FileNotFoundError, PermissionError: as `read_header`.
         ValueError: it does not, or the engine cannot; the message names the file, what was found and expected.
     """
-    of_base = read_header(base_path).overridden(overrides)
-    base = _base(of_base)
-    of_head = read_header(head_path).overridden(overrides)
-    head = _head(of_head)
+    return check_headers(read_header(base_path).overridden(overrides), read_header(head_path).overridden(overrides))
+
+
+def check_headers(of_base: Header, of_head: Header) -> tuple[Model, Model]:
+    """As `check_pair`, by the headers alone.
+
+    Raises:
+        ValueError: as `check_pair`.
+    """
+    base, head = _base(of_base), _head(of_head)
     if head.kind == DSPARK:
         dspark.check_pair(of_base, base, of_head, head)
         return base, head
@@ -257,7 +264,8 @@ def _head(header: Header) -> Model:
         return head
     if head.kind == DS4_HEAD:
         raise ValueError(
-            f"{path} is {DS4_HEAD} (tensors 'mtp.0.*'), which llama.cpp does not read; {expected} from the checkpoint"
+            f"{path} is {DS4_HEAD} (tensors 'mtp.0.*'), which llama.cpp does not read; {expected}: make it with "
+            "'ds4-mtp convert FILE -m BASE'"
         )
     if head.kind == TRUNK_AND_HEAD:
         family = _FAMILIES.get(head.architecture)
