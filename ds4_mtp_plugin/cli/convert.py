@@ -1,6 +1,10 @@
 """Make files that drafts are made with.
 
-Of antirez/ds4's own MTP file and its model (-m) the head's file as the engine reads it: no value changes, and no more
+Of a Hugging Face checkpoint, by llama.cpp's own convert_hf_to_gguf.py: the model with its MTP head in its file, or with
+--mtp or --dspark the head alone. DeepSeek-V4's head is always in a file of its own. The converter may run Python code
+that the folder brings: convert what you trust.
+
+Of antirez/ds4's own MTP file and its model (-m): the head's file as the engine reads it. No value changes, and no more
 is in memory than a few megabytes.
 """
 
@@ -19,26 +23,49 @@ from types import FrameType
 
 from .. import gguf
 from ..gguf import ds4
+from . import EXIT_OK, checkpoint
 
-HELP = "the file of a head, from antirez/ds4's own"
+HELP = "a model with its head, or the head alone, from a checkpoint or from antirez/ds4's MTP file"
 
 _EXIT_TERMINATED = 128 + signal.SIGTERM
 EXITS = {_EXIT_TERMINATED: "ended by SIGTERM"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="FILE", help="antirez/ds4's MTP file ('...-MTP-Q4K-Q8_0-F32.gguf')")
-    parser.add_argument("-m", "--model", metavar="BASE", help="GGUF of the model that the head belongs to")
+    parser.add_argument("source", metavar="SOURCE", help="the folder of a checkpoint, or antirez/ds4's MTP file")
     parser.add_argument(
-        "-o", "--outfile", type=Path, metavar="OUT", help="file to write (default: FILE's name, with '-converted')"
+        "-o", "--outfile", type=Path, metavar="OUT", help="file to write (default: by SOURCE's name, in this folder)"
     )
     parser.add_argument("--force", action="store_true", help="overwrite OUT where it exists")
+    parser.add_argument("-m", "--model", metavar="BASE", help="of ds4's file: GGUF of the model that it belongs to")
+    group = parser.add_argument_group("of a checkpoint", "named as the converter's own")
+    which = group.add_mutually_exclusive_group()
+    which.add_argument("--mtp", action="store_true", help="the MTP head alone")
+    which.add_argument("--no-mtp", action="store_true", help="the model without its MTP head")
+    which.add_argument("--dspark", action="store_true", help="the DSpark head alone (DeepSeek-V4 from 0731 on)")
+    group.add_argument("--target-model-dir", metavar="DIR", help="folder of the checkpoint that a DSpark head is for")
+    group.add_argument(
+        "--outtype",
+        choices=("auto", "f32", "f16", "bf16", "q8_0"),
+        help="type of the weights (default: auto, 16 bits as in the checkpoint)",
+    )
 
 
 def do(args: argparse.Namespace) -> int:
     source = Path(args.source).expanduser()
+    of_checkpoint = [name for name in ("mtp", "no_mtp", "dspark", "target_model_dir", "outtype") if getattr(args, name)]
+    if source.is_dir():
+        if args.model is not None:
+            args.usage_error(f"-m is for antirez/ds4's MTP file, and {source} is a folder")
+        return _checkpoint(source, args)
+    if of_checkpoint:
+        args.usage_error(f"--{of_checkpoint[0].replace('_', '-')} is for the folder of a checkpoint; {source} is none")
     if args.model is None:
         args.usage_error("of which model the head is, its file does not say: give -m BASE")
+    return _ds4(source, args)
+
+
+def _ds4(source: Path, args: argparse.Namespace) -> int:
     planned = ds4.plan(source, args.model)
     out = args.outfile or Path(f"{source.stem}-converted.gguf")
     with _written(out, force=args.force, n_bytes=planned.n_bytes, sources=(source, args.model)) as part:
@@ -46,11 +73,34 @@ def do(args: argparse.Namespace) -> int:
             ds4.write(planned, file, _Progress(planned.n_bytes))
         gguf.check_head(part)
     print(f"{out}: {gguf.read_model(out).kind} for {args.model}, {planned.n_bytes / 1e6:,.1f} MB")
-    return 0
+    return EXIT_OK
+
+
+def _checkpoint(folder: Path, args: argparse.Namespace) -> int:
+    if args.dspark != (args.target_model_dir is not None):
+        args.usage_error("--dspark and --target-model-dir go together")
+    checkpoint.check(folder, head=not args.no_mtp)
+    what = "-MTP" if args.mtp else "-DSpark" if args.dspark else ""
+    out = args.outfile or Path(f"{folder.resolve().name}{what}.gguf")
+    options = [f"--{name.replace('_', '-')}" for name in ("mtp", "no_mtp", "dspark") if getattr(args, name)]
+    options += ["--outtype", args.outtype] if args.outtype else []
+    options += ["--target-model-dir", args.target_model_dir] if args.dspark else []
+    with _written(out, force=args.force) as part:
+        checkpoint.convert(folder, part, options)
+    made = gguf.read_model(out)
+    print(f"{out}: {made.kind} of architecture {made.architecture}, {made.n_bytes / 1e6:,.1f} MB")
+    if made.kind in (gguf.HEAD, gguf.DSPARK):
+        gguf.check_head(out)
+    elif made.kind == gguf.TRUNK_AND_HEAD:
+        gguf.check_inside(out)
+        print("its head is in it: MtpDraft()")
+    elif not args.no_mtp:
+        print("its head goes into a file of its own: convert the folder again with --mtp (or --dspark)")
+    return EXIT_OK
 
 
 @contextlib.contextmanager
-def _written(out: Path, *, force: bool, sources: tuple[str | Path, ...], n_bytes: int = 0) -> Iterator[Path]:
+def _written(out: Path, *, force: bool, sources: tuple[str | Path, ...] = (), n_bytes: int = 0) -> Iterator[Path]:
     """A file to write beside `out`, which takes its place when the block ends; otherwise nothing is left of it.
 
     Raises:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,9 @@ from llama_cpp import Llama
 
 from ds4_mtp_plugin import MtpDraft, cli
 from ds4_mtp_plugin import gguf as files
+from ds4_mtp_plugin.cli import checkpoint
 from ds4_mtp_plugin.gguf import ds4
+from ds4_mtp_plugin.gguf.families import CHECKPOINTS_WITHOUT
 from tests.fixtures.ds4_file import take_apart
 from tests.fixtures.ds4_gguf import split
 from tests.fixtures.mtp_gguf import plant as plant_family
@@ -239,3 +244,110 @@ def test_half_a_file_is_not_left(plant: Plant, here: Path, stop: str, status: in
     )
     assert done.returncode == status and said in done.stderr, done.stderr
     assert listing(here) == ["ds4.gguf"]
+
+
+def checkpoint_folder(path: Path, architecture: str, names: Sequence[str], **config: Any) -> Path:
+    """A folder with a config.json and a safetensors file of these tensors, of no values."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"architectures": [architecture], "num_hidden_layers": 2, **config}))
+    header = {name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for name in names}
+    data = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    (path / "model.safetensors").write_bytes(struct.pack("<Q", len(data)) + data)
+    return path
+
+
+TRUNK = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight")
+
+
+@pytest.mark.parametrize("architecture", CHECKPOINTS_WITHOUT)
+def test_checkpoints_whose_head_cannot_be_used_are_refused_by_name(
+    here: Path, capsys: pytest.CaptureFixture[str], architecture: str
+) -> None:
+    folder = checkpoint_folder(here / "folder", architecture, [*TRUNK, "mtp.fc.weight"])
+    assert cli.main(["convert", str(folder)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"ds4-mtp convert: {folder} is a checkpoint of {architecture}: ")
+    assert CHECKPOINTS_WITHOUT[architecture] in err and "NgramDraft()" in err
+    assert listing(here) == ["folder"]
+
+
+def test_the_names_are_those_that_the_converter_knows() -> None:
+    source = (checkpoint.script().parent / "conversion" / "__init__.py").read_text(encoding="utf-8")
+    (table,) = (
+        node.value
+        for node in ast.parse(source).body
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "TEXT_MODEL_MAP"
+    )
+    assert table is not None
+    assert set(CHECKPOINTS_WITHOUT) <= set(ast.literal_eval(table))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mtp.fc.weight", "model.mtp.norm.weight", "model.layers.2.eh_proj.weight"),
+        *("model.language_model.layers.2.eh_proj.weight", "mtp.0.e_proj.weight"),
+    ],
+)
+def test_a_head_is_known_by_its_tensors(here: Path, name: str) -> None:
+    checkpoint.check(checkpoint_folder(here / "with", "Glm4MoeForCausalLM", [*TRUNK, name]))
+    nested = {"num_hidden_layers": None, "text_config": {"num_hidden_layers": 2}}
+    checkpoint.check(checkpoint_folder(here / "nested", "Qwen3_5ForConditionalGeneration", [*TRUNK, name], **nested))
+
+
+def test_folders_that_are_no_checkpoint_with_a_head_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    without = checkpoint_folder(here / "without", "Qwen3_5ForCausalLM", TRUNK)
+    empty = here / "empty"
+    empty.mkdir()
+    listed = checkpoint_folder(here / "listed", "Qwen3_5ForCausalLM", TRUNK)
+    (listed / "config.json").write_text("[]")
+    broken = checkpoint_folder(here / "broken", "Qwen3_5ForCausalLM", TRUNK)
+    (broken / "config.json").write_text("{")
+    pointer = checkpoint_folder(here / "pointer", "Qwen3_5ForCausalLM", TRUNK)
+    (pointer / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    cut = checkpoint_folder(here / "cut", "Qwen3_5ForCausalLM", ["mtp.fc.weight"])
+    data = (cut / "model.safetensors").read_bytes().replace(b"[0, 0]", b"[0, 4]")
+    (cut / "model.safetensors").write_bytes(data)
+    for folder, why in (
+        (without, f"{without} has no tensors of an MTP head (mtp.*, or of a layer behind the 2 of the model)"),
+        (empty, f"{empty} has no config.json"),
+        (listed, f"{listed / 'config.json'} is list; expected an object"),
+        (broken, f"{broken / 'config.json'} is no JSON"),
+        (pointer, f"{pointer / 'model.safetensors'} is no safetensors file"),
+        (cut, f"{cut / 'model.safetensors'} is cut off: it has {len(data)} bytes and needs {len(data) + 4}"),
+    ):
+        assert cli.main(["convert", str(folder), "-o", "out.gguf"]) == 1, why
+        err = capsys.readouterr().err
+        assert why in err and len(err.splitlines()) == 1, err
+    checkpoint.check(without, head=False)
+    assert not (here / "out.gguf").exists()
+
+
+def test_packages_that_are_missing_are_named(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint_folder(here / "folder", "Qwen3_5ForCausalLM", ["mtp.fc.weight"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "transformers" else name)
+    assert cli.main(["convert", str(folder)]) == 1
+    err = capsys.readouterr().err
+    assert "convert_hf_to_gguf.py needs transformers: pip install torch transformers" in err
+    assert listing(here) == ["folder"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        (["folder", "-m", "base.gguf"], "-m is for antirez/ds4's MTP file"),
+        (["ds4.gguf", "--mtp", "-m", "base.gguf"], "--mtp is for the folder of a checkpoint"),
+        (["folder", "--dspark"], "--dspark and --target-model-dir go together"),
+        (["folder", "--target-model-dir", "other"], "--dspark and --target-model-dir go together"),
+        (["folder", "--mtp", "--no-mtp"], "not allowed with"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    here: Path, capsys: pytest.CaptureFixture[str], argv: list[str], why: str
+) -> None:
+    (here / "folder").mkdir()
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["convert", *argv])
+    assert caught.value.code == 2 and why in capsys.readouterr().err
