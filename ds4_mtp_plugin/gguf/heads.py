@@ -58,6 +58,7 @@ class Model:
         ratios: how many rows each layer compresses into one, 0 for none.
         quant: the type that most elements are stored in.
         n_bytes: size of the file, or of all parts.
+        n_head_bytes: of it those of the head's tensors: of a file of its own all, the trunk's that it has again too.
         n_block: the most tokens that a DSpark head drafts, 0 for any other.
     """
 
@@ -76,6 +77,7 @@ class Model:
     ratios: tuple[int, ...]
     quant: str
     n_bytes: int
+    n_head_bytes: int = 0
     n_block: int = 0
 
     @property
@@ -261,8 +263,16 @@ def _model(header: Header) -> Model:
         ratios=tuple(r for r in ratios if isinstance(r, int)) if isinstance(ratios, tuple) else (),
         quant=_quant(header),
         n_bytes=header.n_bytes,
+        n_head_bytes=_head_bytes(header, kind),
         n_block=dspark.n_block(header) if kind == DSPARK else 0,
     )
+
+
+def _head_bytes(header: Header, kind: str) -> int:
+    suffix = "nextn.eh_proj.weight"
+    blocks = tuple(name.removesuffix(suffix) for name in header.tensors if name.endswith(f".{suffix}"))
+    of = {TRUNK: (), OTHER: (), TRUNK_AND_HEAD: blocks}.get(kind, ("",))
+    return sum(place.n_bytes for name, place in header.places.items() if name.startswith(of))
 
 
 def _head(header: Header) -> Model:
