@@ -141,13 +141,13 @@ def _terminated_as_an_exception() -> Iterator[None]:
 
 
 class _Progress:
-    """What was copied, on stderr, once a second."""
+    """What was copied, on stderr, every five seconds."""
 
     def __init__(self, n_bytes: int) -> None:
         self._n_bytes, self._done, self._said = n_bytes, 0, time.monotonic()
 
     def __call__(self, n: int) -> None:
         self._done += n
-        if (now := time.monotonic()) - self._said >= 1:
+        if (now := time.monotonic()) - self._said >= 5:
             self._said = now
             print(f"{self._done / 1e6:,.0f} of {self._n_bytes / 1e6:,.0f} MB", file=sys.stderr)

@@ -21,7 +21,7 @@ F32 = npt.NDArray[np.float32]
 
 N_VOCAB = 300
 _PER_LAYER = ("layer_types", "mlp_layer_types", "indexer_types")
-_SPECIAL = ("<|endoftext|>", "[gMASK]", "<|user|>", "<|assistant|>", "<|observation|>", "<|im_end|>")
+SPECIAL = ("<|endoftext|>", "[gMASK]", "<|user|>", "<|assistant|>", "<|observation|>", "<|im_end|>")
 
 _SIZES: dict[str, Any] = {
     "vocab_size": N_VOCAB,
@@ -207,12 +207,12 @@ def write(kind: str, folder: Path, *, n_tokens: int = 80, seed: int = 0) -> Chec
     head = {name: type(base.norm)(width, eps=eps) for name in ("enorm", "hnorm", "norm")}
     head["eh_proj"] = torch.nn.Linear(2 * width, width, bias=False)
     for module in (model, *head.values()):
-        _randomise(module)
+        randomise(module)
     model.save_pretrained(folder)
     _publish(folder, family, head)
-    _write_tokenizer(folder)
+    write_tokenizer(folder)
 
-    tokens = torch.randint(len(_SPECIAL), N_VOCAB, (1, n_tokens))
+    tokens = torch.randint(len(SPECIAL), N_VOCAB, (1, n_tokens))
     block, last_norm = base.layers[n_layer], base.norm
     with torch.no_grad():
         hidden = _run(model, base.layers[:n_layer], slice(n_layer), last_norm, input_ids=tokens)
@@ -244,7 +244,7 @@ def _run(model: Any, layers: Any, which: slice, norm: Any, **inputs: Any) -> Any
     return rows
 
 
-def _randomise(module: Any) -> None:
+def randomise(module: Any) -> None:
     """Weights by which every part has a say in the logits."""
     import torch
 
@@ -277,21 +277,21 @@ def _publish(folder: Path, family: Kind, head: Mapping[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     """Byte-level BPE of the bytes, behind special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merge = characters[40], characters[41]
-    vocab = {text: i for i, text in enumerate((*_SPECIAL, *characters, "".join(merge)))}
+    vocab = {text: i for i, text in enumerate((*SPECIAL, *characters, "".join(merge)))}
     tokenizer = Tokenizer(models.BPE(vocab, [merge]))
-    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in _SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": True,
-        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), _SPECIAL[0]),
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), SPECIAL[0]),
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

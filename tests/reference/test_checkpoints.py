@@ -24,9 +24,11 @@ from tests.text import generate
 transformers = pytest.importorskip("transformers", reason="pip install '.[convert]'")
 pytest.importorskip("torch", reason="pip install '.[convert]'")
 
-from tests.reference import checkpoints  # noqa: E402
+from tests.reference import checkpoint_v4, checkpoints  # noqa: E402
 
+V4 = "deepseek4"
 KINDS = [kind for kind, family in checkpoints.KINDS.items() if hasattr(transformers, family.model)]
+KINDS += [V4] if hasattr(transformers, "DeepseekV4ForCausalLM") else []
 
 # Both sides compute in float32, in another order of sums: 2e-6 and less of the largest value, 4e-5 where a norm divides
 # by little (MLA) or running states add up (hybrids). A row, a head or an expert that is another makes 1e-2 and more.
@@ -35,18 +37,24 @@ CLOSE = 5e-4
 
 @dataclass(frozen=True)
 class Made:
-    """A checkpoint and its GGUF."""
+    """A checkpoint and its GGUF: the model, and the head's own file where it is not in the model's."""
 
     kind: str
     checkpoint: checkpoints.Checkpoint
     path: Path
+    head: Path | None
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
     folder = tmp_path_factory.mktemp("checkpoints")
-    all_of = {kind: Made(kind, checkpoints.write(kind, folder / kind), folder / f"{kind}.gguf") for kind in KINDS}
-    jobs = [[str(each.checkpoint.folder), str(each.path), checkpoints.KINDS[kind].pre] for kind, each in all_of.items()]
+    all_of, jobs = {}, []
+    for kind in KINDS:
+        one = checkpoint_v4.write(folder / kind) if kind == V4 else checkpoints.write(kind, folder / kind)
+        head = folder / f"{kind}-mtp.gguf" if kind == V4 else None
+        all_of[kind] = Made(kind, one, folder / f"{kind}.gguf", head)
+        job = [str(one.folder), str(all_of[kind].path), "deepseek-v3" if head else checkpoints.KINDS[kind].pre]
+        jobs += [job, [job[0], str(head), job[2], "--mtp"]] if head else [job]
     driver = Path(checkpoints.__file__).with_name("convert_all.py")
     command = [sys.executable, str(driver), str(checkpoint.script()), json.dumps(jobs)]
     env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
@@ -66,11 +74,14 @@ def error(got: F32, want: F32) -> float:
 
 
 @pytest.mark.skipif(GPU_LAYERS != 0, reason="GPUs round to less than float32")
-def test_the_engine_computes_what_transformers_does(each: Made) -> None:
-    of = each.checkpoint
-    with RowEngine(each.path, f32=True) as trunk:
+def test_the_engine_computes_what_transformers_does(each: Made, tmp_path: Path) -> None:
+    of, trunk_path, head_path = each.checkpoint, each.path, each.head or each.path
+    if each.kind == V4:
+        trunk_path = checkpoint_v4.in_float32(trunk_path, tmp_path / "trunk.gguf")
+        head_path = checkpoint_v4.in_float32(head_path, tmp_path / "head.gguf")
+    with RowEngine(trunk_path, f32=True) as trunk:
         logits, hidden = trunk.decode(of.tokens)
-    with RowEngine(each.path, mtp=True, f32=True) as head:
+    with RowEngine(head_path, mtp=True, f32=True) as head:
         drafts, _ = head.decode(of.tokens[1:], 1, of.hidden[:-1])
     assert error(logits, of.logits) < CLOSE
     assert error(hidden, of.hidden) < CLOSE  # what the head is fed
@@ -78,8 +89,8 @@ def test_the_engine_computes_what_transformers_does(each: Made) -> None:
 
 
 def test_it_drafts_and_the_text_is_plain(each: Made, llama: Callable[..., Llama]) -> None:
-    assert files.check_inside(each.path).architecture == each.kind
-    draft = MtpDraft(num_pred_tokens=2, ngram=False)
+    assert files.read_model(each.path).architecture == each.kind
+    draft = MtpDraft(each.head, num_pred_tokens=2, ngram=False)
     prompt = each.checkpoint.tokens.tolist()
     texts = [generate(llama(each.path, draft_model=use), prompt, 60) for use in (None, draft)]
     assert texts[0] == texts[1] and len(set(texts[0])) > 5
