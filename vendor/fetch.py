@@ -31,12 +31,20 @@ HERE = Path(__file__).resolve().parent
 SDIST_VARIABLE = "DS4_MTP_ENGINE_SDIST"
 STAMP = ".fetched"
 
-# What the libraries are built from, below vendor/llama.cpp in the sdist, and llama.cpp's own server, which
-# benchmarks compare with. The rest (tools, tests, docs, models: 140 of 176 MB) stays packed.
-WANTED_DIRS = ("cmake", "common", "ggml", "include", "licenses", "src", "tools/mtmd", "tools/server", "vendor")
+# What the libraries are built from, below vendor/llama.cpp in the sdist; its converter of checkpoints, which is
+# installed beside them; and llama.cpp's own server, which benchmarks compare with. The rest (tools, tests, docs,
+# models: 140 of 176 MB) stays packed.
+WANTED_DIRS = (
+    *("cmake", "common", "ggml", "include", "licenses", "src", "tools/mtmd", "tools/server", "vendor"),
+    *("conversion", "gguf-py/gguf"),
+)
 WANTED_FILES = (
     "CMakeLists.txt",
     "LICENSE",
+    "convert_hf_to_gguf.py",
+    "gguf-py/LICENSE",
+    "models/templates/deepseek-ai-DeepSeek-V4-Flash-0731.jinja",
+    "models/templates/deepseek-ai-DeepSeek-V4.jinja",
     "scripts/ui-assets.cmake",
     "tools/ui/CMakeLists.txt",
     "tools/ui/ui.cpp.in",

@@ -1,7 +1,8 @@
 """Show what is installed, which engine the host runs on, whether it works here, and what files are.
 
-The small model that comes along is decoded in a process of its own. Of a FILE it says what it holds; of several, which
-head belongs to which model. They are not loaded. It works where importing the package fails, and says why that is.
+The small model that comes along is decoded in a process of its own. Of a FILE it says what it holds, and what a Llama
+with it takes in memory; of several, which head belongs to which model. They are not loaded. It works where importing
+the package fails, and says why that is.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import signal
@@ -38,10 +40,21 @@ _CAUTIOUS = "CMAKE_ARGS='-DGGML_NATIVE=OFF' pip install --no-cache-dir --force-r
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="*", metavar="FILE", help="GGUF files: models, MTP heads, or both")
+    # Not of `arguments`, which imports the host.
+    parser.add_argument(
+        "-c",
+        "--ctx-size",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="length of the context that memory is said for (default %(default)s)",
+    )
 
 
 def do(args: argparse.Namespace) -> int:
-    wrong = [*_software(), *_environment(), *_decodes(), *_files(args.files)]
+    if not 0 < args.ctx_size < 2**31:
+        args.usage_error(f"-c {args.ctx_size}: expected a whole number, 1 or more")
+    wrong = [*_software(), *_environment(), *_decodes(), *_files(args.files, args.ctx_size)]
     print()
     for what in wrong:
         print(f"wrong: {what}")
@@ -135,9 +148,7 @@ def _decodes() -> Iterator[str]:
     from ..engine.cpu import cpu
     from ..host.library import current
 
-    command = [sys.executable, "-m", f"{__package__}.decode_check"]
-    search = os.pathsep.join([str(Path(ds4_mtp_plugin.__file__).parent.parent), *sys.path])
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": search})
+    done = _child("decode_check")
     if done.returncode == 0:
         _say("decoding", "works: single rows, verifies and prompts of the small model")
         return
@@ -155,7 +166,37 @@ def _decodes() -> Iterator[str]:
     )
 
 
-def _files(paths: Sequence[str]) -> Iterator[str]:
+def _child(module: str, *argv: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"{__package__}.{module}", *argv]
+    search = os.pathsep.join([str(Path(ds4_mtp_plugin.__file__).parent.parent), *sys.path])
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": search})
+
+
+def _memory(n_ctx: int, base: gguf.Model, head: gguf.Model | None = None) -> None:
+    """Print what the engine allocates for a Llama."""
+    if ds4_mtp_plugin.import_error is not None:
+        return
+    done = _child("memory_check", str(n_ctx), base.path, *([head.path] if head else []))
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or ["without a word"]
+        print(f"  what it takes in memory is not known: the engine does not take it here ({lines[-1]})")
+        return
+    contexts = json.loads(done.stdout)
+    of_head = contexts[1:]
+    weights = contexts[0]["weights"] + sum(each["weights"] for each in of_head if head is not None)
+    cache, compute = (sum(each[what] for each in contexts) for what in ("cache", "compute"))
+    more = sum(each["cache"] + each["compute"] + (each["weights"] if head else base.n_head_bytes) for each in of_head)
+    print(
+        f"  about {_mb(weights + cache + compute)} MB for a Llama with a context of {n_ctx:,} tokens: weights "
+        f"{_mb(weights)}, caches {_mb(cache)}, graphs {_mb(compute)}" + (f"; {_mb(more)} for the head" if more else "")
+    )
+
+
+def _mb(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:,.1f}"
+
+
+def _files(paths: Sequence[str], n_ctx: int) -> Iterator[str]:
     bases: list[gguf.Model] = []
     heads: list[gguf.Model] = []
     for path in paths:
@@ -171,14 +212,16 @@ def _files(paths: Sequence[str]) -> Iterator[str]:
             if model.kind == gguf.TRUNK_AND_HEAD and len(paths) == 1:
                 gguf.check_inside(path)
                 print("  its head can be used: MtpDraft()")
+            if is_base and len(paths) == 1:
+                _memory(n_ctx, model)
         except ValueError as err:
             yield str(err)
         else:
             (bases if is_base else heads).append(model)
-    yield from _pairs(bases, heads)
+    yield from _pairs(bases, heads, n_ctx)
 
 
-def _pairs(bases: Sequence[gguf.Model], heads: Sequence[gguf.Model]) -> Iterator[str]:
+def _pairs(bases: Sequence[gguf.Model], heads: Sequence[gguf.Model], n_ctx: int) -> Iterator[str]:
     """Print which head belongs to which model; yield what belongs to none."""
     if len(bases) + len(heads) > 1 and not (bases and heads):
         yield f"of these files none is {gguf.TRUNK if heads else gguf.HEAD}: there is no pair to check"
@@ -191,6 +234,7 @@ def _pairs(bases: Sequence[gguf.Model], heads: Sequence[gguf.Model]) -> Iterator
                 misfits.append(str(err))
             else:
                 print(f"\n{head.path} belongs to {base.path}")
+                _memory(n_ctx, base, head)
         if bases and len(misfits) == len(bases):
             yield from misfits
 
@@ -211,4 +255,10 @@ def _describe(path: str, model: gguf.Model) -> None:
     ):
         if value is not None:
             print(f"  {value} {what}")
-    print(f"  mostly {model.quant}, {model.n_bytes / 1e6:,.1f} MB")
+    print(f"  mostly {model.quant}, {_mb(model.n_bytes)} MB")
+    if model.kind == gguf.TRUNK_AND_HEAD:
+        print(
+            f"  {model.n_nextn} MTP head{'s' if model.n_nextn > 1 else ''} in it, {_mb(model.n_head_bytes)} MB of that"
+        )
+    elif model.kind == gguf.TRUNK:
+        print("  no MTP head in it")

@@ -11,6 +11,7 @@ from .context import (
     DecodeError,
     EngineError,
     Floats,
+    Memory,
     Model,
     NoSuchRow,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "EngineError",
     "Floats",
     "Library",
+    "Memory",
     "Model",
     "NoSuchRow",
     "ffi",

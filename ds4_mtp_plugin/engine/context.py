@@ -63,6 +63,21 @@ class Best:
     margin: float
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a context takes, on all devices together.
+
+    Attributes:
+        weights: of its model.
+        cache: its memory: keys and values, running states.
+        compute: its graphs.
+    """
+
+    weights: int
+    cache: int
+    compute: int
+
+
 class Model:
     """A model, loaded by us or (`borrowed`) the host's."""
 
@@ -72,8 +87,9 @@ class Model:
         """Load `path`.
 
         Args:
-            like: bytes of a ``llama_model_params`` whose placement (GPU layers, devices, split, loading mode) is
-                taken over; None means the engine's defaults. Its pointers must stay valid during the call.
+            like: bytes of a ``llama_model_params`` whose placement (GPU layers, devices, split, loading mode, and
+                whether memory is allocated) is taken over; None means the engine's defaults. Its pointers must stay
+                valid during the call.
             load_mtp: load the NextN blocks too.
             params: further fields of ``llama_model_params`` by name.
 
@@ -84,7 +100,7 @@ class Model:
         if like is not None:
             given = ffi.new("struct llama_model_params *")
             ffi.memmove(given, like, ffi.sizeof("struct llama_model_params"))
-            for name in ("devices", "n_gpu_layers", "split_mode", "main_gpu", "tensor_split", "load_mode"):
+            for name in ("devices", "n_gpu_layers", "split_mode", "main_gpu", "tensor_split", "load_mode", "no_alloc"):
                 setattr(p, name, getattr(given, name))
         p.load_mtp = load_mtp
         for name, value in params.items():
@@ -193,6 +209,13 @@ class Context:
         if self._picker is not None:  # the context pointed to it
             self._lib.llama_sampler_free(self._picker)
             self._picker = None
+
+    @property
+    def memory(self) -> Memory:
+        """What it takes; of a model that was loaded with ``no_alloc`` (llama.h), what it would take."""
+        out = ffi.new("struct ds4_mtp_memory *")
+        self._lib.ds4_mtp_get_memory(self._ptr, out)
+        return Memory(int(out.weights), int(out.cache), int(out.compute))
 
     def is_eog(self, token: int) -> bool:
         """Whether a text ends with `token`."""

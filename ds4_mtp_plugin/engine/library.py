@@ -10,7 +10,7 @@ import typing as _t
 import cffi as _cffi
 
 # Must equal DS4_MTP_ABI of patches/src/ds4-mtp.h.
-ABI = 7
+ABI = 8
 
 
 def _library_dir() -> _pathlib.Path:

@@ -9,7 +9,7 @@ from .header import Header, shown
 if TYPE_CHECKING:
     from .heads import Model
 
-__all__ = ["INSIDE", "MAY_DIFFER", "NAME", "SEVERAL", "WIDEST_WINDOW", "check_base", "check_head"]
+__all__ = ["BLOCK", "INSIDE", "MAY_DIFFER", "NAME", "SEVERAL", "WIDEST_WINDOW", "check_base", "check_head"]
 
 NAME = "DeepSeek-V4"
 # In the model's own file both would share one output mixing.
@@ -24,12 +24,13 @@ MAY_DIFFER: tuple[str, ...] = (
 
 # What the engine reads of an MTP-only file, except the routing bias, whose name depends on the layer.
 _ROOT = ("token_embd", "output_norm", "output", "output_hc_fn", "output_hc_base", "output_hc_scale")
-_BLOCK = (
+BLOCK = (
     *("attn_norm", "attn_sinks", "attn_q_a", "attn_q_a_norm", "attn_q_b", "attn_kv", "attn_kv_a_norm"),
     *("attn_output_a", "attn_output_b", "hc_attn_fn", "hc_attn_base", "hc_attn_scale", "hc_ffn_fn", "hc_ffn_base"),
     *("hc_ffn_scale", "ffn_gate_inp", "ffn_norm", "ffn_gate_exps", "ffn_down_exps", "ffn_up_exps", "ffn_gate_shexp"),
-    *("ffn_down_shexp", "ffn_up_shexp", "nextn.eh_proj", "nextn.enorm", "nextn.hnorm"),
+    *("ffn_down_shexp", "ffn_up_shexp"),
 )
+_NEXTN = ("nextn.eh_proj", "nextn.enorm", "nextn.hnorm")
 
 _MAX_LAYERS = 512  # the engine's LLAMA_MAX_LAYERS
 WIDEST_WINDOW = 4096  # rows: the head's context is three windows, and a damaged file may ask for gigabytes
@@ -38,7 +39,7 @@ WIDEST_WINDOW = 4096  # rows: the head's context is three windows, and a damaged
 def check_head(header: Header, head: Model) -> None:
     """Refuse a head that the engine cannot load or would abort on."""
     path = header.path
-    names = {*(f"{name}.weight" for name in _ROOT), *(f"blk.{head.n_layer}.{name}.weight" for name in _BLOCK)}
+    names = {f"{name}.weight" for name in (*_ROOT, *(f"blk.{head.n_layer}.{name}" for name in (*BLOCK, *_NEXTN)))}
     missing = sorted(names - set(header.tensors))
     if missing:
         raise ValueError(

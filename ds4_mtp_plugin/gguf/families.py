@@ -15,7 +15,7 @@ from .header import Header, shown
 if TYPE_CHECKING:
     from .heads import Model
 
-__all__ = ["FAMILIES", "WITHOUT_GRAPH", "Family"]
+__all__ = ["CHECKPOINTS_WITHOUT", "FAMILIES", "WITHOUT_GRAPH", "Family"]
 
 _NEXTN = ("nextn.eh_proj", "nextn.enorm", "nextn.hnorm")
 
@@ -144,15 +144,41 @@ FAMILIES = {
     "mimo2": Family("MiMo-V2 and V2.5", ("attn_qkv", *_DENSE), _windowed, SEVERAL=True),
 }
 
+_LEFT_OUT = "convert_hf_to_gguf.py leaves its MTP head out"
+
 #: Architectures whose MTP tensors the engine keeps, or leaves out, without a graph that this package drives.
 WITHOUT_GRAPH = {
     **dict.fromkeys(
         ("dots3note", "exaone-moe", "bailingmoe2", "glm4", "exaone4", "glm5-next"),
         "llama.cpp keeps its MTP tensors, but has no graph for them",
     ),
-    **dict.fromkeys(
-        ("ernie4_5", "ernie4_5-moe", "hy_v4", "qwen4exp", "minicpm", "minicpm3"),
-        "convert_hf_to_gguf.py leaves its MTP head out",
-    ),
+    **dict.fromkeys(("ernie4_5", "ernie4_5-moe", "hy_v4", "qwen4exp", "minicpm", "minicpm3"), _LEFT_OUT),
     "gemma4-assistant": "its head reads the memory of its model, which this package does not share",
+}
+
+#: Of what a checkpoint's config.json has under "architectures", those without a head in the GGUF that this package
+#: could use: the converter's own names (conversion/*.py of llama.cpp).
+CHECKPOINTS_WITHOUT = {
+    **{
+        name: WITHOUT_GRAPH[architecture]
+        for architecture, names in {
+            "dots3note": ("Dots3NoteForCausalLM", "Dots3NoteForConditionalGeneration", "Dots3NoteTextForCausalLM"),
+            "exaone-moe": ("ExaoneMoEForCausalLM", "ExaoneMoeForCausalLM"),
+            "bailingmoe2": ("BailingMoeV2ForCausalLM",),
+            "glm4": ("Glm4ForCausalLM", "GlmOcrForConditionalGeneration"),
+            "exaone4": ("Exaone4ForCausalLM", "Exaone4_5_ForConditionalGeneration"),
+            "glm5-next": ("Glm5NextForConditionalGeneration",),
+            "ernie4_5": ("Ernie4_5_ForCausalLM", "Ernie4_5ForCausalLM"),
+            "ernie4_5-moe": ("Ernie4_5_MoeForCausalLM",),
+            "hy_v4": ("HYV4ForCausalLM",),
+            "qwen4exp": ("Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration"),
+            "minicpm": ("MiniCPMForCausalLM",),
+            "minicpm3": ("MiniCPM3ForCausalLM",),
+            "gemma4-assistant": ("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"),
+        }.items()
+        for name in names
+    },
+    # The engine has their architectures' graph, for others (GLM-4.7-Flash, Nemotron 3).
+    **dict.fromkeys(("DeepseekV3ForCausalLM", "KimiK25ForConditionalGeneration"), _LEFT_OUT),
+    **dict.fromkeys(("NemotronHPuzzleForCausalLM", "MiniCPMV4_6ForConditionalGeneration"), _LEFT_OUT),
 }

@@ -18,17 +18,17 @@ import struct
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
-__all__ = ["Header", "Overrides", "PathLike", "Value", "read_header", "shown"]
+__all__ = ["NUMBERS", "TYPES", "Header", "Overrides", "PathLike", "Place", "Value", "read_header", "shown"]
 
 PathLike = Union[str, "os.PathLike[str]"]
 Value = Union[int, float, bool, str, "tuple[int | float | bool, ...]"]
 #: An app's ``kv_overrides``: what the engine is told to take in place of a file's own metadata.
 Overrides = Mapping[str, Value]
 
-# Format characters of struct by number of the value's type; 8 is a string, 9 an array.
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+#: Format characters of struct by number of the value's type; 8 is a string, 9 an array.
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _LONGEST_ARRAY_KEPT = 1024
 
@@ -46,6 +46,9 @@ _BLOCKS = {
     **{42: ("Q2_0", 64, 18)},
 }
 
+#: Numbers of tensors' types by name.
+TYPES = {name: number for number, (name, _, _) in _BLOCKS.items()}
+
 # How files begin that users take for a GGUF.
 _LOOKS_LIKE = (
     (rb"version https://git-lfs", "a Git LFS pointer, not the file itself: run 'git lfs pull'"),
@@ -55,6 +58,14 @@ _LOOKS_LIKE = (
     (rb"ggml|fmgg|tjgg|lmgg", "a GGML file from before August 2023: convert the checkpoint"),
     (rb"FUGG", "a GGUF in another byte order: convert the checkpoint on a machine like this"),
 )
+
+
+class Place(NamedTuple):
+    """Where the bytes of a tensor are: from `offset` on in the file `path`. 0 of them are known of an unknown type."""
+
+    path: str
+    offset: int
+    n_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +78,8 @@ class Header:
         lengths: keys of arrays, and how many elements they have.
         tensors: names and shapes, the fastest dimension first.
         types: names of tensors, and of their types.
+        spans: keys, and where each with its value begins and ends in the (first) file, in bytes.
+        places: names of tensors, and where their bytes are.
         vocabulary: a digest of the tokens' texts; empty where the file has none.
         n_bytes: size of the file, or of all parts.
     """
@@ -76,6 +89,8 @@ class Header:
     lengths: dict[str, int]
     tensors: dict[str, tuple[int, ...]]
     types: dict[str, str]
+    spans: dict[str, tuple[int, int]]
+    places: dict[str, Place]
     vocabulary: str
     n_bytes: int
 
@@ -129,6 +144,7 @@ def read_header(path: PathLike) -> Header:
         first,
         tensors={tensor: shape for part in parts for tensor, shape in part.tensors.items()},
         types={tensor: kind for part in parts for tensor, kind in part.types.items()},
+        places={tensor: place for part in parts for tensor, place in part.places.items()},
         n_bytes=sum(part.n_bytes for part in parts),
     )
 
@@ -222,15 +238,18 @@ def _parse(path: str, data: mmap.mmap) -> Header:
     if version not in (2, 3):
         raise ValueError(f"{path} is of GGUF version {version}; expected 2 or 3: convert the checkpoint again")
     n_tensors, n_keys = reader.number("Q"), reader.number("Q")
-    header = Header(path, {}, {}, {}, {}, "", len(data))
+    header = Header(path, {}, {}, {}, {}, {}, {}, "", len(data))
     for _ in range(n_keys):
         header = _read_key(reader, header)
-    end = max((_read_tensor(reader, header) for _ in range(n_tensors)), default=0)
+    infos = [_read_tensor(reader, header) for _ in range(n_tensors)]
     alignment = header.metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
         raise reader.damaged(f"general.alignment is {shown(alignment)}; expected an integer of 1 or more")
+    start = -(-reader.at // alignment) * alignment
+    header.places.update({name: Place(path, start + offset, n_bytes) for name, offset, n_bytes in infos})
+    end = max((offset + n_bytes for _, offset, n_bytes in infos), default=0)
     if end:
-        end += -(-reader.at // alignment) * alignment
+        end += start
     if end > len(data):
         raise ValueError(
             f"{path} is cut off: it has {len(data)} bytes and its tensors need {end}; download or copy it again"
@@ -240,14 +259,15 @@ def _parse(path: str, data: mmap.mmap) -> Header:
 
 def _read_key(reader: _Reader, header: Header) -> Header:
     """The header with one key more."""
+    start = reader.at
     key = reader.string()
     if not key or key in header.metadata or key in header.lengths:
         raise reader.damaged(f"the key {shown(key)!r} comes twice" if key else "a key has no name")
     kind = reader.number("I")
     if kind == _STRING:
         header.metadata[key] = reader.string()
-    elif kind in _NUMBERS:
-        header.metadata[key] = reader.number(_NUMBERS[kind])
+    elif kind in NUMBERS:
+        header.metadata[key] = reader.number(NUMBERS[kind])
     elif kind != _ARRAY:
         raise reader.damaged(f"the key {shown(key)!r} is of type {kind}; expected 0 to 12")
     else:
@@ -256,16 +276,17 @@ def _read_key(reader: _Reader, header: Header) -> Header:
         if kind == _STRING:
             texts = reader.strings(n)
             if key == "tokenizer.ggml.tokens":
-                return dataclasses.replace(header, vocabulary=hashlib.sha256(texts).hexdigest())
-        elif kind not in _NUMBERS:
+                header = dataclasses.replace(header, vocabulary=hashlib.sha256(texts).hexdigest())
+        elif kind not in NUMBERS:
             raise reader.damaged(f"the key {shown(key)!r} is an array of type {kind}; expected 0 to 12, except 9")
-        elif (values := reader.numbers(_NUMBERS[kind], n)) is not None:
+        elif (values := reader.numbers(NUMBERS[kind], n)) is not None:
             header.metadata[key] = values
+    header.spans[key] = (start, reader.at)
     return header
 
 
-def _read_tensor(reader: _Reader, header: Header) -> int:
-    """Add one tensor to the header; where its bytes end, from the start of the tensors' part of the file."""
+def _read_tensor(reader: _Reader, header: Header) -> tuple[str, int, int]:
+    """Add one tensor to the header; its name, where it begins in the tensors' part of the file, and its bytes."""
     name = reader.string()
     n_dims = reader.number("I")
     if name in header.tensors or n_dims > 4:
@@ -276,4 +297,4 @@ def _read_tensor(reader: _Reader, header: Header) -> int:
     # The engine refuses a type that is unknown here.
     header.types[name], per_block, block = _BLOCKS.get(kind, (f"type {kind}", 1, 0))
     header.tensors[name] = shape
-    return int(offset + math.prod(shape) // per_block * block)
+    return name, int(offset), math.prod(shape) // per_block * block

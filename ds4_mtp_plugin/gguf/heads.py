@@ -23,6 +23,7 @@ __all__ = [
     "Model",
     "check_base",
     "check_head",
+    "check_headers",
     "check_inside",
     "check_pair",
     "read_model",
@@ -57,6 +58,7 @@ class Model:
         ratios: how many rows each layer compresses into one, 0 for none.
         quant: the type that most elements are stored in.
         n_bytes: size of the file, or of all parts.
+        n_head_bytes: of it those of the head's tensors: of a file of its own all, the trunk's that it has again too.
         n_block: the most tokens that a DSpark head drafts, 0 for any other.
     """
 
@@ -75,6 +77,7 @@ class Model:
     ratios: tuple[int, ...]
     quant: str
     n_bytes: int
+    n_head_bytes: int = 0
     n_block: int = 0
 
     @property
@@ -180,10 +183,16 @@ def check_pair(base_path: PathLike, head_path: PathLike, overrides: Overrides | 
         FileNotFoundError, PermissionError: as `read_header`.
         ValueError: it does not, or the engine cannot; the message names the file, what was found and expected.
     """
-    of_base = read_header(base_path).overridden(overrides)
-    base = _base(of_base)
-    of_head = read_header(head_path).overridden(overrides)
-    head = _head(of_head)
+    return check_headers(read_header(base_path).overridden(overrides), read_header(head_path).overridden(overrides))
+
+
+def check_headers(of_base: Header, of_head: Header) -> tuple[Model, Model]:
+    """As `check_pair`, by the headers alone.
+
+    Raises:
+        ValueError: as `check_pair`.
+    """
+    base, head = _base(of_base), _head(of_head)
     if head.kind == DSPARK:
         dspark.check_pair(of_base, base, of_head, head)
         return base, head
@@ -254,8 +263,16 @@ def _model(header: Header) -> Model:
         ratios=tuple(r for r in ratios if isinstance(r, int)) if isinstance(ratios, tuple) else (),
         quant=_quant(header),
         n_bytes=header.n_bytes,
+        n_head_bytes=_head_bytes(header, kind),
         n_block=dspark.n_block(header) if kind == DSPARK else 0,
     )
+
+
+def _head_bytes(header: Header, kind: str) -> int:
+    suffix = "nextn.eh_proj.weight"
+    blocks = tuple(name.removesuffix(suffix) for name in header.tensors if name.endswith(f".{suffix}"))
+    of = {TRUNK: (), OTHER: (), TRUNK_AND_HEAD: blocks}.get(kind, ("",))
+    return sum(place.n_bytes for name, place in header.places.items() if name.startswith(of))
 
 
 def _head(header: Header) -> Model:
@@ -267,7 +284,8 @@ def _head(header: Header) -> Model:
         return head
     if head.kind == DS4_HEAD:
         raise ValueError(
-            f"{path} is {DS4_HEAD} (tensors 'mtp.0.*'), which llama.cpp does not read; {expected} from the checkpoint"
+            f"{path} is {DS4_HEAD} (tensors 'mtp.0.*'), which llama.cpp does not read; {expected}: make it with "
+            "'ds4-mtp convert FILE -m BASE'"
         )
     if head.kind == TRUNK_AND_HEAD:
         family = _FAMILIES.get(head.architecture)

@@ -149,6 +149,15 @@ int32_t ds4_mtp_window(const llama_model * model) {
     return windowed ? (int32_t) hparams.n_swa : 0;
 }
 
+void ds4_mtp_get_memory(const llama_context * ctx, ds4_mtp_memory * out) {
+    *out = {};
+    for (const auto & [type, of] : llama_get_memory_breakdown(ctx)) {
+        out->weights += of.model;
+        out->cache   += of.context;
+        out->compute += of.compute;
+    }
+}
+
 int32_t ds4_mtp_rollback(const llama_model * model) {
     switch (model->arch) {
         case LLM_ARCH_DEEPSEEK4:

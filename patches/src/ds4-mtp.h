@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 // Raised when a declaration below changes in a way that an older binding would misread.
-#define DS4_MTP_ABI 7
+#define DS4_MTP_ABI 8
 
 LLAMA_API int32_t      ds4_mtp_abi(void);
 // A hash over this patch set (its diffs and sources), for reports and for telling stale builds.
@@ -81,6 +81,16 @@ enum ds4_mtp_rollback {
 
 // Which rows the memory of the model's contexts can take back with the state before them intact.
 LLAMA_API int32_t ds4_mtp_rollback(const struct llama_model * model);
+
+// Bytes that a context and its model take, on all devices together; of a model that was loaded with no_alloc, those that
+// they would take. The model's are said by each of its contexts.
+struct ds4_mtp_memory {
+    uint64_t weights; // of the model
+    uint64_t cache;   // the context's memory: keys and values, running states
+    uint64_t compute; // its graphs
+};
+
+LLAMA_API void ds4_mtp_get_memory(const struct llama_context * ctx, struct ds4_mtp_memory * out);
 
 struct ds4_mtp_best {
     llama_token id;

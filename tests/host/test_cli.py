@@ -125,7 +125,15 @@ def test_a_wrong_command_line_is_exit_status_2(argv: list[str], capsys: pytest.C
 
 @pytest.mark.parametrize(
     "argv",
-    [["--help"], ["run", "--help"], ["demo", "--help"], ["bench", "--help"], ["verify", "--help"], ["--version"]],
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["demo", "--help"],
+        ["bench", "--help"],
+        ["verify", "--help"],
+        ["convert", "--help"],
+        ["--version"],
+    ],
 )
 def test_help_is_there(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,12 +14,19 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from llama_cpp import Llama
 
 import ds4_mtp_plugin
 from ds4_mtp_plugin import cli
 from ds4_mtp_plugin import host as plugin_host
-from ds4_mtp_plugin.engine import Library
+from ds4_mtp_plugin.cli import doctor
+from ds4_mtp_plugin.cli.demo import BASE, HEAD
+from ds4_mtp_plugin.engine import Context, Library, Memory
 from ds4_mtp_plugin.engine.cpu import cpu
+from ds4_mtp_plugin.gguf import read_header
+from ds4_mtp_plugin.host.library import current
+from tests.fixtures import GPU_LAYERS
+from tests.fixtures.mtp_gguf import plant as plant_family
 from tests.fixtures.planted import SMALL, TINY, Planted
 
 Plant = Callable[..., Planted]
@@ -83,7 +92,7 @@ def test_a_model_and_its_head_are_told_in_any_order(
     assert f"{files.trunk}: a model of architecture deepseek4\n  4 layers\n  512 tokens in the vocabulary" in out
     assert f"{files.mtp}: an MTP head of architecture deepseek4\n  on top of 4 layers" in out
     assert "4 attention heads of 32" in out and "128 rows in the sliding window" in out and "mostly F32, " in out
-    assert f"{files.mtp} belongs to {files.trunk}\n\nall well" in out
+    assert f"{files.mtp} belongs to {files.trunk}\n  about " in out and out.endswith(" for the head\n\nall well\n")
 
 
 def test_one_file_alone_may_be_either(plant: Plant, capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,3 +229,65 @@ def test_every_pair_of_several_files_is_checked(plant: Plant, capsys: pytest.Cap
     out = capsys.readouterr().out
     assert f"{tiny.mtp} belongs to {tiny.trunk}" in out
     assert f"wrong: {small.mtp} does not belong to {tiny.trunk}" in out
+
+
+TAKEN = """
+import sys
+import ds4_mtp_plugin
+from llama_cpp import Llama
+def most(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+before = most()
+draft = ds4_mtp_plugin.MtpDraft(sys.argv[2]) if sys.argv[2:] else None
+llm = Llama(sys.argv[1], n_ctx=4096, draft_model=draft, verbose=False)
+for i, _ in enumerate(llm.generate([300 + i % 200 for i in range(600)], temp=0)):
+    if i == 40: break
+print(most() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists() or GPU_LAYERS != 0, reason="reads what a process has in RAM")
+@pytest.mark.parametrize("files", [[BASE], [BASE, HEAD]], ids=["model", "model and head"])
+def test_memory_is_what_a_process_takes(files: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", *map(str, files)]) == 0
+    (said,) = re.findall(r"about ([\d.]+) MB for a Llama with a context of 4,096", capsys.readouterr().out)
+    done = subprocess.run([sys.executable, "-c", TAKEN, *map(str, files)], capture_output=True, text=True, check=True)
+    # Of buffers that are made for the longest text a short one touches a part; states at checkpoints come on top.
+    taken = int(done.stdout.splitlines()[-1]) / 1e6
+    assert 0.6 * float(said) < taken < 1.2 * float(said) + 30, (taken, said)
+
+
+@pytest.mark.parametrize("n_ctx", [512, 2048])
+def test_memory_is_what_the_engine_allocates(plant: Plant, llama: Callable[..., Llama], n_ctx: int) -> None:
+    files = plant(config=SMALL, quant="Q8_0")
+    done = doctor._child("memory_check", str(n_ctx), str(files.trunk), str(files.mtp))
+    planned = [Memory(**each) for each in json.loads(done.stdout)]
+    llm = llama(files.trunk, n_ctx=n_ctx, draft_model=ds4_mtp_plugin.MtpDraft(files.mtp))
+    of_model = Context(current(), llm._ctx.ctx, owned=False).memory
+    assert planned[0] == of_model and len(planned) == 2
+    header = read_header(files.mtp)
+    assert planned[1].weights >= sum(place.n_bytes for place in header.places.values()) > 0.9 * planned[1].weights
+
+
+def test_a_head_in_the_models_file_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = plant_family(tmp_path, "qwen35")
+    assert cli.main(["doctor", str(family.trunk), "-c", "1024"]) == 0
+    out = capsys.readouterr().out
+    block = sum(t.n_bytes for t in gguf.GGUFReader(family.trunk).tensors if t.name.startswith("blk.4."))
+    assert f"1 MTP head in it, {block / 1e6:.1f} MB of that\n" in out and block > 1e5
+    assert re.search(r"about [\d.]+ MB for a Llama with a context of 1,024 tokens: .*; [\d.]+ for the head\n", out)
+    beside = plant_family(tmp_path, "qwen35", beside=True)
+    assert cli.main(["doctor", str(beside.trunk)]) == 0
+    out = capsys.readouterr().out
+    assert "no MTP head in it" in out and "for the head" not in out
+    # The engine ends with an error where the header gives no reason to.
+    lacking = plant_family(tmp_path, "qwen35", seed=1, without="attn_q")
+    assert cli.main(["doctor", str(lacking.trunk)]) == 0
+    assert "what it takes in memory is not known: the engine does not take it here (" in capsys.readouterr().out
+
+
+def test_a_context_that_is_none_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["doctor", "-c", "0"])
+    assert caught.value.code == 2 and "-c 0: expected a whole number, 1 or more" in capsys.readouterr().err

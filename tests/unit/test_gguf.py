@@ -217,32 +217,8 @@ def message(check: Callable[..., object], *paths: Path) -> str:
     return str(caught.value)
 
 
-def split(path: Path, n: int, **options: Any) -> list[Path]:
-    """The file in n parts, as llama-gguf-split makes them: keys in the first, tensors in all."""
-    reader = gguf.GGUFReader(path)
-    parts = []
-    for i in range(n):
-        parts.append(path.with_name(f"{path.stem}-{i + 1:05}-of-{n:05}.gguf"))
-        writer = gguf.GGUFWriter(parts[-1], "deepseek4")
-        writer.add_uint16("split.no", i)
-        writer.add_uint16("split.count", n)
-        writer.add_int32("split.tensors.count", len(reader.tensors))
-        for key, field in reader.fields.items():
-            if i == 0 and not key.startswith("GGUF.") and key != "general.architecture":
-                kind = field.types[0]
-                sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-                writer.add_key_value(key, field.contents(), kind, sub_type=sub)
-        for tensor in reader.tensors[i::n]:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-    return parts
-
-
 def test_a_split_model_is_read_from_its_first_part(trunk: Path, head: Path) -> None:
-    parts = split(trunk, 3)
+    parts = ds4_gguf.split(trunk, 3)
     base, _ = files.check_pair(parts[0], head)
     assert dataclasses.replace(files.read_model(trunk), path="", n_bytes=0) == dataclasses.replace(
         base, path="", n_bytes=0
@@ -339,7 +315,9 @@ def test_a_head_that_lacks_a_tensor(head: Path, name: str) -> None:
 
 def test_the_names_are_those_that_the_fixtures_write(head: Path) -> None:
     bias = "blk.3.exp_probs_b.bias", "blk.3.nextn.shared_head_norm.weight"
-    ours = {f"{n}.weight" for n in deepseek4._ROOT} | {f"blk.3.{n}.weight" for n in deepseek4._BLOCK}
+    ours = {f"{n}.weight" for n in deepseek4._ROOT} | {
+        f"blk.3.{n}.weight" for n in (*deepseek4.BLOCK, *deepseek4._NEXTN)
+    }
     assert ours | set(bias) == set(ds4_gguf.mtp_shapes(SMALL))
 
 
@@ -509,7 +487,9 @@ def test_what_the_engine_is_told_in_place_of_metadata_counts(trunk: Path, head: 
 
 def test_overrides_are_what_the_engine_goes_by() -> None:
     """Its rules (src/llama-model-loader.cpp): a value of another type, or for an array, is not taken."""
-    header = gguf_header.Header("x.gguf", {"a": 1, "b": 0.5, "c": True, "d": "text"}, {"list": 3}, {}, {}, "", 0)
+    header = gguf_header.Header(
+        "x.gguf", {"a": 1, "b": 0.5, "c": True, "d": "text"}, {"list": 3}, {}, {}, {}, {}, "", 0
+    )
     given = {"a": 2, "b": 2.0, "c": False, "d": "other", "new": 7, "list": 1}
     assert header.overridden(given).metadata == {"a": 2, "b": 2.0, "c": False, "d": "other", "new": 7}
     assert header.overridden({"a": 2.5, "b": 1, "c": 3, "d": 1}).metadata == header.metadata
