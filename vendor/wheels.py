@@ -79,25 +79,26 @@ def install_tools(folder: Path) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         run([sys.executable, "-m", "venv", folder])
         run([folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--only-binary", ":all:", *TOOLS])
+        [zig] = folder.glob("lib/python*/site-packages/ziglang/zig")
+        (folder / "bin" / "zig").symlink_to(zig)
         stamp.write_text("\n".join(TOOLS), encoding="ascii")
     return folder / "bin"
 
 
 def environment(tools: Path) -> dict[str, str]:
-    """The variables by which the tools find each other; a compiler cache looks into ours, whose age says nothing."""
+    """The variables by which the tools find each other; a compiler cache reads `compilers`."""
     path = os.pathsep.join([str(tools), os.environ.get("PATH", os.defpath)])
     parallel = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count()))
     return {**os.environ, "PATH": path, "CMAKE_BUILD_PARALLEL_LEVEL": parallel, "CCACHE_COMPILERCHECK": "content"}
 
 
-def compilers(tools: Path, arch: str, folder: Path) -> dict[str, str]:
-    """The variables by which CMake takes zig for `arch`: two scripts, with names that a compiler cache knows."""
-    [zig] = tools.parent.glob("lib/python*/site-packages/ziglang/zig")
+def compilers(arch: str, folder: Path) -> dict[str, str]:
+    """The variables by which CMake takes zig for `arch`: two scripts, named for a compiler cache."""
     version = next(tool for tool in TOOLS if tool.startswith("ziglang"))
     folder.mkdir(parents=True, exist_ok=True)
     for name, mode in (("clang", "cc"), ("clang++", "c++")):
         script = folder / name
-        script.write_text(f'#!/bin/sh\n# {version}\nexec "{zig}" {mode} -target {arch}-linux-gnu.{GLIBC} "$@"\n')
+        script.write_text(f'#!/bin/sh\n# {version}\nexec zig {mode} -target {arch}-linux-gnu.{GLIBC} "$@"\n')
         script.chmod(0o755)
     return {"CC": str(folder / "clang"), "CXX": str(folder / "clang++")}
 
@@ -105,7 +106,7 @@ def compilers(tools: Path, arch: str, folder: Path) -> dict[str, str]:
 def build(tools: Path, arch: str, *, cuda: bool, out: Path) -> Path:
     """The wheel in `out`, tagged for this machine alone."""
     folder = BUILD / (f"{arch}-cuda" if cuda else arch)
-    env = {**environment(tools), **compilers(tools, arch, folder / "compilers")}
+    env = {**environment(tools), **compilers(arch, folder / "compilers")}
     options, settings = [*OPTIONS], [f"build-dir={folder / 'engine'}", "install.strip=false"]
     if arch != platform.machine():
         options += ["-DCMAKE_SYSTEM_NAME=Linux", f"-DCMAKE_SYSTEM_PROCESSOR={arch}"]

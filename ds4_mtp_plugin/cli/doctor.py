@@ -7,6 +7,7 @@ head belongs to which model. They are not loaded. It works where importing the p
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.metadata
 import importlib.util
 import os
@@ -136,12 +137,10 @@ def _modules(library: Library) -> Iterator[str]:
 
 
 def _why_no_gpu(backend: Path, loaded: bool) -> str:
-    from ..engine import ffi
-
     if loaded:
         return "no GPU is at hand, or its driver is too old (CUDA 13 needs 580): mend that, or take the CPU wheel"
     try:
-        ffi.dlopen(str(backend))
+        ctypes.CDLL(str(backend))
         return f"{backend.name} was not taken: reinstall ds4_mtp_plugin"
     except OSError as err:
         return f"{err}: pip install 'ds4-mtp-plugin[cuda]', or take the CPU wheel"
