@@ -233,6 +233,15 @@ class Context:
             for il in self._layers:
                 self._lib.ds4_mtp_set_layer_input(self._ptr, il, self._layers_on)
 
+    def set_head(self, head: int) -> None:
+        """From the next decode on run NextN block `head` of the model.
+
+        Raises:
+            EngineError: the model has no such block.
+        """
+        if not self._lib.ds4_mtp_set_head_offset(self._ptr, head):
+            raise EngineError(f"the model has no NextN block {head}: it has {self.n_layer_nextn}")
+
     def keep_layers(self, layers: Sequence[int]) -> None:
         """From the next decode on the hidden rows are the inputs of `layers`, one behind the other.
 

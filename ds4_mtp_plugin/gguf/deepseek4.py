@@ -9,11 +9,12 @@ from .header import Header, shown
 if TYPE_CHECKING:
     from .heads import Model
 
-__all__ = ["INSIDE", "MAY_DIFFER", "NAME", "WIDEST_WINDOW", "check_base", "check_head"]
+__all__ = ["INSIDE", "MAY_DIFFER", "NAME", "SEVERAL", "WIDEST_WINDOW", "check_base", "check_head"]
 
 NAME = "DeepSeek-V4"
 # In the model's own file both would share one output mixing.
 INSIDE = False
+SEVERAL = False
 
 # They count or list blocks, or tell apps something.
 MAY_DIFFER: tuple[str, ...] = (

@@ -1,6 +1,6 @@
-"""The families that have one MTP block with a graph in llama.cpp (``src/models/*.cpp``), DeepSeek-V4 apart.
+"""The families that have MTP blocks with a graph in llama.cpp (``src/models/*.cpp``), DeepSeek-V4 apart.
 
-Their head is as a rule in the model's own file (``convert_hf_to_gguf.py``), or beside it (``--mtp`` and ``--no-mtp``).
+Their heads are as a rule in the model's own file (``convert_hf_to_gguf.py``), or beside it (``--mtp``, ``--no-mtp``).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .deepseek4 import WIDEST_WINDOW
 from .header import Header, shown
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Family:
         MAY_DIFFER: keys, without the architecture's prefix, that may differ between a model and a head's own file: they
             count or list blocks, or tell apps something.
         INSIDE: a head in the model's own file can be used.
+        SEVERAL: there may be several heads, one for each draft.
         needs: what a head's block has to have beside nextn's tensors, where the engine asserts it.
         refuse: why the engine would abort on a head, None where it would not.
     """
@@ -36,21 +38,23 @@ class Family:
     needs: tuple[str, ...] = ()
     refuse: Callable[[Header, Model], str | None] = lambda header, head: None
     INSIDE: bool = True
+    SEVERAL: bool = False
     MAY_DIFFER: tuple[str, ...] = (
         *("block_count", "nextn_predict_layers", "context_length", "vocab_size", "embedding_length_out"),
-        *("attention.head_count_kv", "attention.recurrent_layers", "attention.sliding_window_pattern"),
+        *("attention.head_count", "attention.head_count_kv", "attention.recurrent_layers"),
+        *("attention.sliding_window_pattern", "swiglu_clamp_exp", "swiglu_clamp_shexp"),
         *("feed_forward_length", "expert_feed_forward_length", "leading_dense_block_count"),
     )
 
     def check_head(self, header: Header, head: Model) -> None:
         """Refuse a head that the engine cannot load or would abort on."""
-        names = {f"blk.{head.n_layer}.{name}.weight" for name in (*_NEXTN, *self.needs)}
+        names = {f"{block}{name}.weight" for block in head.blocks for name in (*_NEXTN, *self.needs)}
         names |= {"token_embd.weight", "output_norm.weight"}
         missing = sorted(names - set(header.tensors))
         if missing:
             raise ValueError(
                 f"{header.path} lacks {', '.join(missing[:6])}{' ...' if missing[6:] else ''} (block_count less the "
-                f"MTP block is {head.n_layer}); expected a GGUF as convert_hf_to_gguf.py writes it"
+                f"MTP blocks is {head.n_layer}); expected a GGUF as convert_hf_to_gguf.py writes it"
             )
         if (why := self.refuse(header, head)) is not None:
             raise ValueError(f"{header.path}: {why}")
@@ -85,32 +89,59 @@ def _mla(header: Header, head: Model) -> str | None:
 
 
 def _hy_v3(header: Header, head: Model) -> str | None:
-    names = {name for name in header.tensors if name.startswith(f"blk.{head.n_layer}.")}
-    experts = f"blk.{head.n_layer}.ffn_gate_inp.weight" in names
-    needed = _HY_EXPERTS if experts else ("ffn_gate", "ffn_up", "ffn_down")
-    missing = [name for name in needed if f"blk.{head.n_layer}.{name}.weight" not in names]
-    if missing == ["ffn_gate_exps", "ffn_up_exps"] and f"blk.{head.n_layer}.ffn_gate_up_exps.weight" in names:
-        return None
-    return f"its MTP block lacks {', '.join(missing)}" if missing else None
+    return _ffn(header, head, merged=True)
+
+
+def _ffn(header: Header, head: Model, *, merged: bool) -> str | None:
+    """Each block has all of its experts, which may have two matrices `merged` in one, or of its dense network."""
+    needed: tuple[str, ...]
+    for block in head.blocks:
+        if f"{block}ffn_gate_inp.weight" not in header.tensors:
+            needed = _DENSE
+        elif merged and f"{block}ffn_gate_up_exps.weight" in header.tensors:
+            needed = _EXPERTS[2:]
+        else:
+            needed = _EXPERTS
+        missing = [name for name in needed if f"{block}{name}.weight" not in header.tensors]
+        if missing:
+            return f"its MTP block {block.removesuffix('.')} lacks {', '.join(missing)}"
+    return None
+
+
+def _windowed(header: Header, head: Model) -> str | None:
+    window = head.window
+    if not isinstance(window, int) or not 0 < window <= WIDEST_WINDOW:
+        return f"attention.sliding_window is {shown(window)}; expected 1 to {WIDEST_WINDOW} rows"
+    for block in head.blocks:
+        if not {"output.weight", f"{block}nextn.shared_head_head.weight"} & set(header.tensors):
+            return f"neither output.weight nor {block}nextn.shared_head_head.weight is there; expected one of them"
+    return None
+
+
+def _step35(header: Header, head: Model) -> str | None:
+    return _windowed(header, head) or _ffn(header, head, merged=False)
 
 
 _MLA = ("attn_q_a", "attn_k_b", "attn_v_b", "ffn_gate_inp")
-_HY_EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
-_EXPERTS = ("ffn_gate_inp", "ffn_gate_shexp")
+_DENSE = ("ffn_gate", "ffn_up", "ffn_down")
+_EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
+_GLM = ("ffn_gate_inp", "ffn_gate_shexp")
 
 #: By architecture.
 FAMILIES = {
     "qwen35": Family("Qwen3.5, 3.6 and 3.8, dense"),
     "qwen35moe": Family("Qwen3.5 and 3.6 with experts", ("ffn_gate_inp",)),
     "qwen3next": Family("Qwen3-Next", ("ffn_gate_inp",)),
-    "glm4moe": Family("GLM-4.5 and 4.6", _EXPERTS, _glm4moe),
+    "glm4moe": Family("GLM-4.5 and 4.6", _GLM, _glm4moe),
     "deepseek2": Family("GLM-4.7-Flash", _MLA, _mla),
     "deepseek32": Family("DeepSeek-V3.2", _MLA, _mla),
     "glm-dsa": Family("GLM-5", _MLA, _mla),
-    "hy_v3": Family("Hunyuan V3", (), _hy_v3),
+    "hy_v3": Family("Hunyuan V3", (), _hy_v3, SEVERAL=True),
     "nemotron_h_moe": Family("Nemotron 3 with experts", ("ffn_gate_inp", "nextn.shared_head_norm")),
     "bailingmoe3": Family("Ling 3", _MLA[1:]),
     "cohere2moe": Family("Command A with experts", ("ffn_gate_inp",)),
+    "step35": Family("Step-3.5 and 3.7", (), _step35, SEVERAL=True),
+    "mimo2": Family("MiMo-V2 and V2.5", ("attn_qkv", *_DENSE), _windowed, SEVERAL=True),
 }
 
 #: Architectures whose MTP tensors the engine keeps, or leaves out, without a graph that this package drives.
@@ -118,9 +149,6 @@ WITHOUT_GRAPH = {
     **dict.fromkeys(
         ("dots3note", "exaone-moe", "bailingmoe2", "glm4", "exaone4", "glm5-next"),
         "llama.cpp keeps its MTP tensors, but has no graph for them",
-    ),
-    **dict.fromkeys(
-        ("step35", "mimo2"), "it has several MTP heads, one for each draft, which this package does not drive"
     ),
     **dict.fromkeys(
         ("ernie4_5", "ernie4_5-moe", "hy_v4", "qwen4exp", "minicpm", "minicpm3"),

@@ -49,10 +49,10 @@ class Model:
         kind: one of this module's constants.
         architecture: the engine's name of the family, empty where the file has none.
         n_layer: layers of the trunk; for a head alone, those of the trunk that it goes on top of.
-        n_nextn: MTP blocks in the file.
+        n_nextn: MTP blocks in the file; several are several heads, one for each draft.
         n_vocab: tokens.
         n_embd: width of a stream, in elements; n_hc streams make a hidden row.
-        n_head, head_dim: attention heads and their width; all share one KV head.
+        n_head, head_dim: attention heads and their width; of some families, heads of each block.
         window: rows that sliding window attention sees.
         ratios: how many rows each layer compresses into one, 0 for none.
         quant: the type that most elements are stored in.
@@ -77,6 +77,12 @@ class Model:
     n_bytes: int
     n_block: int = 0
 
+    @property
+    def blocks(self) -> list[str]:
+        """What the names of its MTP blocks' tensors begin with."""
+        n_layer = self.n_layer or 0
+        return [f"blk.{i}." for i in range(n_layer, n_layer + self.n_nextn)]
+
 
 class _Family(Protocol):
     """The rules of one family.
@@ -91,6 +97,10 @@ class _Family(Protocol):
     @property
     def INSIDE(self) -> bool:  # noqa: N802
         """Whether a head in the model's own file can be used."""
+
+    @property
+    def SEVERAL(self) -> bool:  # noqa: N802
+        """Whether there may be several heads, one for each draft."""
 
     @property
     def MAY_DIFFER(self) -> tuple[str, ...]:  # noqa: N802
@@ -189,7 +199,7 @@ def check_pair(base_path: PathLike, head_path: PathLike, overrides: Overrides | 
             ("window", "sliding window"),
             ("n_layer", "layers below the head"),
         )
-        if getattr(head, name) != getattr(base, name)
+        if _of_trunk(head, name) != _of_trunk(base, name)
     ]
     # The engine would compute the head otherwise than its model: drafts would be poor, and many a value aborts it.
     ours, theirs = _shared_keys(of_head), _shared_keys(of_base)
@@ -280,14 +290,14 @@ def _check_block(header: Header, head: Model, family: _Family) -> None:
     """Whether the engine can run the MTP block that is in the file."""
     path = header.path
     n_nextn = header.metadata.get(f"{head.architecture}.nextn_predict_layers", 0)
-    if head.n_nextn != 1 or n_nextn != 1:
+    if head.n_nextn != n_nextn or (head.n_nextn != 1 and not family.SEVERAL):
         raise ValueError(
-            f"{path} has {head.n_nextn} MTP blocks and nextn_predict_layers {shown(n_nextn)}; expected 1 and 1, as "
-            f"'{_CONVERT}' writes them"
+            f"{path} has {head.n_nextn} MTP blocks and nextn_predict_layers {shown(n_nextn)}; expected "
+            f"{'as many of one as of the other' if family.SEVERAL else '1 and 1'}, as '{_CONVERT}' writes them"
         )
     family.check_head(header, head)
     # What the engine makes of a trunk it makes of it without a draft too.
-    _check_types(header, (f"blk.{head.n_layer}.",) if head.kind == TRUNK_AND_HEAD else ("",))
+    _check_types(header, tuple(head.blocks) if head.kind == TRUNK_AND_HEAD else ("",))
 
 
 def _check_types(header: Header, prefixes: tuple[str, ...]) -> None:
@@ -341,6 +351,12 @@ def _shared_keys(header: Header) -> dict[str, Value | None]:
         for key in (*header.metadata, *header.lengths)
         if key.startswith(f"{architecture}.") and key not in may_differ
     }
+
+
+def _of_trunk(model: Model, name: str) -> object:
+    """An attribute; where it has a value for each block, those of the trunk's."""
+    value = getattr(model, name)
+    return value[: model.n_layer] if isinstance(value, tuple) else value
 
 
 def _same(one: Value | None, other: Value | None) -> bool:

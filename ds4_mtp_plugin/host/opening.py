@@ -38,6 +38,7 @@ from ..speculation import (
     Drafter,
     DsparkDrafter,
     MtpDrafter,
+    MtpHeadsDrafter,
     NgramDrafter,
     NoDrafter,
     NominalDepth,
@@ -65,6 +66,9 @@ _GPU_TESTED = ("deepseek4",)
 # Rows that a draft looks back on where the head attends over everything. What a head makes of more was not measured.
 _LOOKS_BACK = 1024
 
+# Windows of rows that several heads have room for: without room they start over with one.
+_WINDOWS_OF_HEADS = 8
+
 # Drafts from the text where each costs a copy of the running states in every decode.
 _OF_TEXT_BY_COPIES = 3
 
@@ -84,12 +88,14 @@ class Admission:
         why_off: why it will not draft, for a warning; None where it will, or where nobody has to be told.
         drafts: whether a session is to be opened.
         tested: its rows were tested to have the same bits alone and in a verify, on some machines.
+        n_heads: MTP heads; of several each makes one draft.
     """
 
     draft: Draft
     why_off: str | None
     drafts: bool
     tested: bool
+    n_heads: int
 
     @contextlib.contextmanager
     def in_scope(self) -> Iterator[None]:
@@ -109,7 +115,7 @@ class Admission:
         session = None
         if self.drafts:
             try:
-                session = _open(llama, self.draft, tested=self.tested)
+                session = _open(llama, self.draft, tested=self.tested, n_heads=self.n_heads)
                 if _recurrent(llama) and self.draft.num_pred_tokens > 0:
                     self.why_off = "the memory of this model (recurrent or hybrid) cannot take back rejected drafts"
                     if session is not None:
@@ -145,7 +151,7 @@ def admit(arguments: Mapping[str, Any]) -> Admission | None:
             raise ValueError(f"{name} is {value}, expected 0 or more")
     why_off = _why_off(arguments)
     drafts = not (why_off or settings().disable)
-    tested = True
+    tested, n_heads = True, 1
     if drafts and os.path.exists(model_path):
         name = type(draft).__name__
         # Before the host loads the model: a pair that does not fit may cost minutes, or end the process.
@@ -154,9 +160,9 @@ def admit(arguments: Mapping[str, Any]) -> Admission | None:
         if isinstance(draft, MtpDraft):
             overrides = arguments.get("kv_overrides") or {}
             if draft.model_path is None:
-                check_inside(model_path, overrides)
+                n_heads = check_inside(model_path, overrides).n_nextn
             else:
-                check_pair(model_path, draft.model_path, overrides)
+                n_heads = check_pair(model_path, draft.model_path, overrides)[1].n_nextn
         on_gpu = _on_gpu(arguments.get("n_gpu_layers", 0))
         tested = _rows_tested(
             model_path,
@@ -173,7 +179,7 @@ def admit(arguments: Mapping[str, Any]) -> Admission | None:
                 f"{name}: exact=True (or DS4_MTP_STRICT) cannot be promised here: {why}. Without it the text is "
                 "near-greedy there"
             )
-    return Admission(draft, why_off, drafts, tested)
+    return Admission(draft, why_off, drafts, tested, n_heads)
 
 
 def depth_in_scope(model: int | None, params: ContextParams) -> int | None:
@@ -285,7 +291,7 @@ def _of_block(draft: Draft) -> int:
     return draft.of_block if isinstance(draft, MtpDraft) else 0
 
 
-def _open(llama: Llama, draft: Draft, *, tested: bool) -> Session | None:
+def _open(llama: Llama, draft: Draft, *, tested: bool, n_heads: int) -> Session | None:
     """Load the head, if there is one, and join it with `llama`; None where there is nothing to do.
 
     Raises:
@@ -294,6 +300,8 @@ def _open(llama: Llama, draft: Draft, *, tested: bool) -> Session | None:
     """
     kind = library().rollback(llama._model.model)
     of_head, of_text = (0, 0) if kind == ROLLBACK_SAVED else _depths(draft, llama.context_params, kind)
+    if n_heads > 1:
+        of_head = min(of_head, n_heads)
     checkpoints = _checkpoints(llama, draft)
     if of_head == of_text == 0 and checkpoints is None:
         return None
@@ -315,7 +323,7 @@ def _open(llama: Llama, draft: Draft, *, tested: bool) -> Session | None:
         of_text = min(of_text, library().gpu_rows - 1)
     with ExitStack() as on_error:
         try:
-            drafter = _open_drafter(llama, draft, target, on_error, of_head=of_head, of_text=of_text)
+            drafter = _open_drafter(llama, draft, target, on_error, of_head=of_head, of_text=of_text, n_heads=n_heads)
         except EngineError as err:
             raise _NoSpeculation(str(err)) from None
         spec = CommonSpeculative(
@@ -371,18 +379,18 @@ def _checkpoints(llama: Llama, draft: Draft) -> Checkpoints | None:
 
 
 def _open_drafter(
-    llama: Llama, draft: Draft, target: Context, on_error: ExitStack, *, of_head: int, of_text: int
+    llama: Llama, draft: Draft, target: Context, on_error: ExitStack, *, of_head: int, of_text: int, n_heads: int
 ) -> Drafter:
     """As `_open_head`, and before it what drafts from the text."""
     if of_head == of_text == 0:
         return NoDrafter()
     if of_head == 0 or not isinstance(draft, MtpDraft):
         return NgramDrafter()
-    head = _open_head(llama, draft, target, on_error)
+    head = _open_head(llama, draft, target, on_error, n_heads=n_heads)
     return ChainDrafter(NgramDrafter(), head) if of_text else head
 
 
-def _open_head(llama: Llama, draft: MtpDraft, target: Context, on_error: ExitStack) -> Drafter:
+def _open_head(llama: Llama, draft: MtpDraft, target: Context, on_error: ExitStack, *, n_heads: int) -> Drafter:
     """
     Raises:
         EngineError: the engine could not load the head, or create its context.
@@ -394,18 +402,19 @@ def _open_head(llama: Llama, draft: MtpDraft, target: Context, on_error: ExitSta
     resources.callback(model.close)
     at_once = draft.of_block
     window = target.window or _LOOKS_BACK
-    # A window of rows per decode, and room for three windows, whatever the target's context length is.
+    n_rows = max(window + max(n_heads, 1) - 1, at_once)
+    # A window of rows per decode, and room for some windows, whatever the target's context length is.
     context = model.new_context(
         like=_bytes(llama.context_params),
         mtp=not at_once,
-        n_ctx=3 * window,
-        n_batch=max(window, at_once),
-        n_ubatch=max(window, at_once),
+        n_ctx=(3 if n_heads <= 1 else _WINDOWS_OF_HEADS) * window,
+        n_batch=n_rows,
+        n_ubatch=n_rows,
         n_seq_max=1,
         n_rs_seq=0,
         n_outputs_max=max(1, at_once),
         n_outputs_max_per_seq=max(1, at_once),
-        swa_full=False,
+        swa_full=n_heads > 1,
         embeddings=False,
         n_threads=draft.n_threads or llama.n_threads,
         n_threads_batch=draft.n_threads_batch or llama.n_threads_batch,
@@ -434,6 +443,8 @@ def _open_head(llama: Llama, draft: MtpDraft, target: Context, on_error: ExitSta
             f"{draft.model_path or 'its MTP block'} does not belong to {llama.model_path} as the engine loaded it; "
             "take the MTP GGUF that was converted from the same checkpoint"
         )
+    if n_heads > 1:
+        return MtpHeadsDrafter(context, n_heads=n_heads, window=window, gate=chosen, on_close=resources.close)
     n_gpu_layers = llama.model_params.n_gpu_layers if draft.n_gpu_layers is None else draft.n_gpu_layers
     if chosen.open and _on_gpu(n_gpu_layers) and target.window:  # of the others no graph was tried on a GPU
         context.pick_in_graph()

@@ -2,7 +2,17 @@
 
 from .common_speculative import CommonSpeculative, RollbackRefused, Verify
 from .depth import CPU_COSTS, GPU_COSTS, AdaptiveDepth, FixedDepth, Gate, NominalDepth
-from .drafters import NOTHING_READY, ChainDrafter, Drafter, DsparkDrafter, MtpDrafter, NgramDrafter, NoDrafter, Ready
+from .drafters import (
+    NOTHING_READY,
+    ChainDrafter,
+    Drafter,
+    DsparkDrafter,
+    MtpDrafter,
+    MtpHeadsDrafter,
+    NgramDrafter,
+    NoDrafter,
+    Ready,
+)
 
 __all__ = [
     "CPU_COSTS",
@@ -16,6 +26,7 @@ __all__ = [
     "FixedDepth",
     "Gate",
     "MtpDrafter",
+    "MtpHeadsDrafter",
     "NgramDrafter",
     "NoDrafter",
     "NominalDepth",

@@ -84,6 +84,19 @@ def test_each_draft_is_made_from_the_right_hidden_row(llama: Make, family: Famil
     assert first > as_planted**2 - 0.1 and second > first * (as_planted - 0.15) and third > second * (as_planted - 0.2)
 
 
+def test_several_heads_make_one_draft_each(llama: Make, directory: Path) -> None:
+    """Of a family that may have one or several."""
+    for n_heads in (1, 2):
+        files = plant_family(directory, "hy_v3", n_heads=n_heads)
+        llm = llama(files.trunk, draft_model=MtpDraft(num_pred_tokens=3), n_ctx=1024)
+        text = generate(llm, files.prompt(40), 200)
+        stats = llm.draft_model.stats
+        assert len(stats.rate_per_position) == (3 if n_heads == 1 else n_heads)
+        as_planted = sum(files.first[a] == b for a, b in zip(text, text[1:])) / len(text)
+        first, second = stats.rate_per_position[:2]
+        assert first > as_planted**2 - 0.1 and second > first * (as_planted - 0.15)
+
+
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_a_head_beside_the_model_does_the_same(llama: Make, directory: Path, architecture: str) -> None:
     inside, beside = plant_family(directory, architecture), plant_family(directory, architecture, beside=True)
@@ -182,6 +195,8 @@ def test_without_a_draft_the_head_is_not_loaded(llama: Make, family: Family) -> 
         ("deepseek2", {"deepseek2.leading_dense_block_count": 4}, "leading_dense_block_count is 4; expected 3 at most"),
         ("glm-dsa", {"glm-dsa.attention.q_lora_rank": 0}, "attention.q_lora_rank is 0"),
         ("qwen35", {"qwen35.nextn_predict_layers": 2}, "1 MTP blocks and nextn_predict_layers 2; expected 1 and 1"),
+        ("mimo2", {"mimo2.nextn_predict_layers": 2}, "3 MTP blocks and nextn_predict_layers 2; expected as many"),
+        ("step35", {"step35.attention.sliding_window": 1 << 20}, "sliding_window is 1048576; expected 1 to 4096 rows"),
     ],
 )
 def test_what_the_engine_would_abort_on_is_refused(
@@ -202,6 +217,9 @@ def test_what_the_engine_would_abort_on_is_refused(
         ("deepseek2", "ffn_gate_inp"),
         ("glm4moe", "ffn_gate_shexp"),
         ("nemotron_h_moe", "nextn.shared_head_norm"),
+        ("step35", "ffn_up_shexp"),
+        ("mimo2", "ffn_up"),
+        ("mimo2", "attn_qkv"),
     ],
 )
 def test_a_head_that_lacks_a_tensor_is_refused(tmp_path: Path, architecture: str, without: str) -> None:

@@ -4,6 +4,7 @@ from .chain import ChainDrafter
 from .drafter import NOTHING_READY, Drafter, More, Ready
 from .dspark import DsparkDrafter
 from .mtp import MtpDrafter
+from .mtp_heads import MtpHeadsDrafter
 from .ngram import NgramDrafter
 from .none import NoDrafter
 
@@ -14,6 +15,7 @@ __all__ = [
     "DsparkDrafter",
     "More",
     "MtpDrafter",
+    "MtpHeadsDrafter",
     "NgramDrafter",
     "NoDrafter",
     "Ready",
