@@ -107,7 +107,8 @@ def build(tools: Path, arch: str, *, cuda: bool, kinds: str, out: Path) -> Path:
     """The wheel in `out`, tagged for this machine alone; `kinds` of CPU, separated by commas, or "" for all."""
     folder = BUILD / (f"{arch}-cuda" if cuda else arch)
     env = {**environment(tools), **compilers(arch, folder / "compilers")}
-    options, settings = [*OPTIONS, f"-DDS4_MTP_CPU_KINDS={kinds.replace(',', ';')}"], [f"build-dir={folder / 'engine'}", "install.strip=false"]
+    options = [*OPTIONS, f"-DDS4_MTP_CPU_KINDS={kinds.replace(',', ';')}"]
+    settings = [f"build-dir={folder / 'engine'}", "install.strip=false"]
     if arch != platform.machine():
         options += ["-DCMAKE_SYSTEM_NAME=Linux", f"-DCMAKE_SYSTEM_PROCESSOR={arch}"]
         env["_PYTHON_HOST_PLATFORM"] = f"linux-{arch}"
