@@ -64,7 +64,8 @@ def main() -> int:
     toolkit = cuda_toolkit.install(cuda_toolkit.DEST)
     env = {**os.environ, **cuda_toolkit.environment(toolkit)}
     build = str(cuda_toolkit.BUILD)
-    configure = ["cmake", "-S", str(ROOT / "vendor"), "-B", build, "-G", "Ninja", *cuda_toolkit.OPTIONS]
+    options = [*cuda_toolkit.OPTIONS, cuda_toolkit.HOPPER]
+    configure = ["cmake", "-S", str(ROOT / "vendor"), "-B", build, "-G", "Ninja", *options]
     subprocess.run(configure, check=True, env=env, stdout=subprocess.DEVNULL)
     # The build has not every file of the tree: instances for mixed types of cache are an option of the engine's.
     listed = subprocess.run(["ninja", "-C", build, "-t", "targets", "all"], check=True, env=env, capture_output=True)

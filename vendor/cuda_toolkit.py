@@ -30,16 +30,17 @@ STAMP = ".installed"
 #: The release is pinned: what is built with it runs with the libraries of any later CUDA 13.
 PACKAGES = "cuda-toolkit[nvcc,crt,nvvm,cudart,cccl,cublas]==13.0.2"
 
-#: What the engine is configured with, for one architecture (90: H100, H200). The library paths of this machine would
-#: be of no use on the one with the GPU.
+#: What the engine is configured with. The library paths of this machine would be of no use on the one with the GPU.
 OPTIONS = (
     "-DGGML_CUDA=on",
     "-DGGML_CUDA_NO_VMM=on",
     "-DGGML_CUDA_NCCL=off",
     "-DGGML_NATIVE=off",
-    "-DCMAKE_CUDA_ARCHITECTURES=90-real",
     "-DCMAKE_INSTALL_RPATH_USE_LINK_PATH=off",
 )
+
+#: For one architecture, that of H100 and H200.
+HOPPER = "-DCMAKE_CUDA_ARCHITECTURES=90-real"
 
 
 class ToolkitError(Exception):

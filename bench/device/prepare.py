@@ -53,7 +53,7 @@ def build(cpu: bool, wheels: Path, server: Path) -> None:
     folder = ROOT / "build" / "device-cpu" if cpu else cuda_toolkit.BUILD
     options, env = ["-DDS4_MTP_SERVER=on"], dict(os.environ)
     if not cpu:
-        options += cuda_toolkit.OPTIONS
+        options += [*cuda_toolkit.OPTIONS, cuda_toolkit.HOPPER]
         env |= cuda_toolkit.environment(cuda_toolkit.install(cuda_toolkit.DEST))
     env["CMAKE_ARGS"] = " ".join(options)
     env.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count()))

@@ -8,6 +8,7 @@ the package fails, and says why that is.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.metadata
 import importlib.util
 import json
@@ -18,11 +19,15 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ds4_mtp_plugin
 
 from .. import gguf
 from ..settings import Settings
+
+if TYPE_CHECKING:
+    from ..engine import Library
 
 __all__ = ["HELP", "add_arguments", "do", "host_folder"]
 
@@ -90,14 +95,14 @@ def _software() -> Iterator[str]:
     if ds4_mtp_plugin.import_error is not None:
         yield str(ds4_mtp_plugin.import_error)
     try:
-        _engine(host)
+        yield from _engine(host)
     except ImportError as err:
         if str(err) != str(ds4_mtp_plugin.import_error):
             yield str(err)
 
 
-def _engine(host: Path | None) -> None:
-    """Print what there is to say of the engine; ImportError where it is not this package's."""
+def _engine(host: Path | None) -> Iterator[str]:
+    """Print what there is to say of the engine; yield what is wrong; ImportError where it is not this package's."""
     from ..engine import LIBRARY_DIR, Library
     from ..engine.cpu import cpu
 
@@ -123,9 +128,35 @@ def _engine(host: Path | None) -> None:
     _say("llama.cpp", library.version)
     _say("compiler", library.compiler)
     _say("system", library.system_info.strip())
+    yield from _modules(library)
     folder = Path(os.environ.get("MTMD_CPP_LIB", path.parent))
     mtmd = sorted(folder.glob("*mtmd.*"))
     _say("libmtmd", mtmd[0] if mtmd else f"not in {folder} (images and sound need it, text does not)")
+
+
+def _modules(library: Library) -> Iterator[str]:
+    """Say which of several CPU backends is in use; yield what there is for a machine that is not this one."""
+    from ..engine.cpu import cpu
+
+    folder, modules = Path(library.path).parent, library.modules()
+    kernels = {name.removeprefix("cpu-"): loaded for name, loaded in modules.items() if name.startswith("cpu-")}
+    taken = [name for name, loaded in kernels.items() if loaded]
+    if kernels:
+        _say("kernels", f"{', '.join(taken) or 'none'} (of {', '.join(kernels)})")
+    if kernels and not taken:
+        yield f"no kernels in {folder} are for this CPU ({cpu()}): build the plugin from its source, 'pip install .'"
+    if "cuda" in modules and not library.has_gpu:
+        yield f"{folder} is for NVIDIA GPUs, and {_why_no_gpu(folder / 'libggml-cuda.so', modules['cuda'])}"
+
+
+def _why_no_gpu(backend: Path, loaded: bool) -> str:
+    if loaded:
+        return "no GPU is at hand, or its driver is too old (CUDA 13 needs 580): mend that, or take the CPU wheel"
+    try:
+        ctypes.CDLL(str(backend))
+        return f"{backend.name} was not taken: reinstall ds4_mtp_plugin"
+    except OSError as err:
+        return f"{err}: pip install 'ds4-mtp-plugin[cuda]', or take the CPU wheel"
 
 
 def _environment() -> Iterator[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes as _ctypes
 import importlib.metadata as _metadata
 import importlib.resources as _resources
+import os as _os
 import pathlib as _pathlib
 import typing as _t
 
@@ -29,6 +31,9 @@ ffi.cdef(_resources.files(__package__).joinpath("cdef.txt").read_text(encoding="
 
 # enum ds4_mtp_rollback
 ROLLBACK_RECENT, ROLLBACK_ANY, ROLLBACK_SAVED, ROLLBACK_COPIES = 1, 2, 3, 4
+
+# INT32_MAX: ds4_mtp_gpu_rows where there is no GPU.
+_ANY_ROWS = 2**31 - 1
 
 # enum ds4_mtp_struct: every struct that crosses the interface by value.
 _BY_VALUE = ("struct llama_model_params", "struct llama_context_params", "llama_batch")
@@ -71,7 +76,8 @@ class Library:
         if abi != ABI:
             raise ImportError(
                 f"{path} has version {abi} of the plugin's C interface, this ds4_mtp_plugin expects {ABI}: the library "
-                "is from another version of the plugin. Reinstall ds4_mtp_plugin."
+                "is from another version of the plugin. Reinstall ds4_mtp_plugin, or run 'ds4-mtp install-engine' "
+                "again if that has placed it."
             )
         for which, name in enumerate(_BY_VALUE):
             theirs, ours = int(self.lib.ds4_mtp_sizeof(which)), int(ffi.sizeof(name))
@@ -92,6 +98,11 @@ class Library:
         """The most rows that every GPU at hand computes as if each were alone: 0 where one promises nothing."""
         return int(self.lib.ds4_mtp_gpu_rows())
 
+    @property
+    def has_gpu(self) -> bool:
+        """Whether a backend has found a GPU."""
+        return self.gpu_rows != _ANY_ROWS
+
     def rollback(self, model: _t.Any) -> int:
         """Which rows the memory of a model's contexts can take back: a ROLLBACK_ constant, or 0 for none.
 
@@ -109,3 +120,23 @@ class Library:
     def system_info(self) -> str:
         """llama.cpp's line on backends and CPU features."""
         return str(ffi.string(self.lib.llama_print_system_info()).decode())
+
+    def modules(self) -> dict[str, bool]:
+        """The backends in libraries of their own beside this one ("cpu-haswell", "cuda"), and whether each is loaded.
+
+        Where they are modules (GGML_BACKEND_DL) the engine takes the best of several for this CPU, and none that
+        cannot be loaded. On Windows: nothing, for want of a way to ask what is loaded.
+        """
+        self.lib.llama_print_system_info()  # the first question loads them
+        paths = sorted(_pathlib.Path(self.path).parent.glob("libggml-*"))
+        names = {path: path.name.partition(".")[0].removeprefix("libggml-") for path in paths}
+        return {name: _is_loaded(path) for path, name in names.items() if name != "base"}
+
+
+def _is_loaded(path: _pathlib.Path) -> bool:
+    try:
+        # Not cffi: there is no message where a library is not loaded, and cffi crashes for want of it.
+        _ctypes.CDLL(str(path), _os.RTLD_NOW | _os.RTLD_NOLOAD)
+    except OSError:
+        return False
+    return True

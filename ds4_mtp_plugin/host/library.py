@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import functools
 import importlib
 import importlib.metadata
@@ -22,8 +23,8 @@ def ready() -> None:
     """Import the host on our library, check that it runs on it, and wrap it. Safe to call again.
 
     Raises:
-        ImportError: no host, another version of it, or a host that runs on another llama.cpp; the message says how
-            to mend it.
+        ImportError: no host, another version of it, or a host that runs on another llama.cpp, another build of ours
+            among them; the message says how to mend it.
     """
     if "llama_cpp" not in sys.modules:
         _import_host()
@@ -34,6 +35,7 @@ def ready() -> None:
             f"{INSTALL_HOST}"
         )
     current()
+    _check_build()
     wraps: Any = importlib.import_module(f"{__package__}.wraps")  # not sooner: it imports the host
     wraps.apply()
 
@@ -57,6 +59,18 @@ def library_path() -> str:
 def folder() -> Path:
     """Where the host's library is, and ours beside it."""
     return Path(library_path()).parent
+
+
+def _check_build() -> None:
+    """`ds4-mtp install-engine` placed a copy, and this package was installed anew since: refuse to be half of each."""
+    theirs = Path(library_path())
+    ours = LIBRARY_DIR / theirs.name
+    if _CHOICE not in os.environ and ours.is_file() and not filecmp.cmp(theirs, ours, shallow=False):
+        raise ImportError(
+            f"llama_cpp runs on {theirs}, an engine of ds4_mtp_plugin of another build than this one's, {ours}: run "
+            "'ds4-mtp install-engine' again, or 'ds4-mtp install-engine --undo' and import ds4_mtp_plugin before "
+            "llama_cpp"
+        )
 
 
 def _import_host() -> None:

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -147,6 +148,20 @@ def test_it_helps_with_another_engine(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     assert f"engine             {tmp_path / 'libllama.so'}" in done.stdout
     assert f"wrong: cannot open the engine {tmp_path / 'libllama.so'}" in done.stdout
+
+
+def test_a_gpu_backend_that_cannot_be_loaded_is_wrong(tmp_path: Path) -> None:
+    folder = Path(plugin_host.library_path()).parent
+    if (folder / "libggml-cuda.so").exists():
+        pytest.skip("here is a real one")
+    for library in folder.glob("lib*.so"):
+        shutil.copy(library, tmp_path)
+    (tmp_path / "libggml-cuda.so").write_bytes(b"not a library")
+    done = ds4_mtp("doctor", LLAMA_CPP_LIB_PATH=str(tmp_path))
+    assert done.returncode == 1, done.stderr
+    [finding] = [line for line in done.stdout.splitlines() if line.startswith("wrong: ")]
+    assert finding.startswith(f"wrong: {tmp_path} is for NVIDIA GPUs, and {tmp_path / 'libggml-cuda.so'}: ")
+    assert finding.endswith("pip install 'ds4-mtp-plugin[cuda]', or take the CPU wheel")
 
 
 @pytest.mark.parametrize(

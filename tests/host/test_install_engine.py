@@ -97,6 +97,25 @@ def test_a_host_that_is_imported_first_runs_on_the_engine(host: Path) -> None:
     assert snapshot_without_caches(host) == before
 
 
+def test_an_engine_of_another_build_is_refused(host: Path) -> None:
+    """The package was installed anew since; what it placed in the host was not."""
+    if not any(engine.LIBRARY_DIR.glob("*llama.*")):
+        pytest.skip("the package has no libraries of its own here")
+    install(host, engine.LIBRARY_DIR)
+    code = "import llama_cpp; from ds4_mtp_plugin import MtpDraft"
+    assert python(host, code).returncode == 0
+    placed = host / "lib" / Path(plugin_host.library_path()).name
+    with placed.open("ab") as file:
+        file.write(b"of another build")
+    done = python(host, code)
+    assert done.returncode == 1
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith(f"ImportError: llama_cpp runs on {placed}, an engine of ds4_mtp_plugin of another build")
+    assert "'ds4-mtp install-engine' again" in message
+    first = "from ds4_mtp_plugin import MtpDraft; from ds4_mtp_plugin import host; print(host.library_path())"
+    assert python(host, first).stdout == f"{engine.LIBRARY_DIR / placed.name}\n"
+
+
 def snapshot_without_caches(folder: Path) -> dict[str, tuple[bytes | str, int, float]]:
     return {name: what for name, what in snapshot(folder).items() if "__pycache__" not in name}
 

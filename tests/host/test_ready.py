@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import ds4_mtp_plugin.host as host
+from ds4_mtp_plugin import engine
 
 LIBRARIES = Path(host.library_path()).parent
 
@@ -83,6 +84,14 @@ def test_another_host_version_is_refused() -> None:
     assert done.returncode == 1
     message = done.stderr.strip().splitlines()[-1]
     assert "llama-cpp-python 0.3.16 is installed" in message and "llama-cpp-python==0.3.36" in message
+
+
+def test_a_library_of_another_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = host.library_path()
+    found = engine.ABI
+    monkeypatch.setattr(engine.library, "ABI", found + 1)
+    with pytest.raises(ImportError, match=f"{path} has version {found} .* expects {found + 1}: .*install-engine"):
+        engine.Library(path)
 
 
 def test_no_host_is_an_importerror_with_the_command() -> None:

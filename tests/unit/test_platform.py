@@ -28,6 +28,7 @@ ELSEWHERE = "metal OFF, embedded , rpath $ORIGIN"
         (["-DAPPLE=1", "-DGGML_METAL=off"], "metal off, embedded ON, rpath @loader_path"),
         (["-DAPPLE=", "-DUNIX=1"], ELSEWHERE),
         (["-DAPPLE=", "-DWIN32=1"], ELSEWHERE),
+        (["-DAPPLE=", "-DCMAKE_INSTALL_RPATH=$ORIGIN;/cuda"], "metal OFF, embedded , rpath $ORIGIN;/cuda"),
     ],
 )
 def test_options(given: list[str], chosen: str, tmp_path: Path) -> None:
