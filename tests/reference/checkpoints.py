@@ -20,7 +20,8 @@ import numpy.typing as npt
 F32 = npt.NDArray[np.float32]
 
 N_VOCAB = 300
-_PER_LAYER = ("layer_types", "mlp_layer_types", "indexer_types")
+_PER_LAYER = ("layer_types", "mlp_layer_types", "indexer_types", "layers_block_type")
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
 SPECIAL = ("<|endoftext|>", "[gMASK]", "<|user|>", "<|assistant|>", "<|observation|>", "<|im_end|>")
 
 _SIZES: dict[str, Any] = {
@@ -52,8 +53,9 @@ class Kind:
         n_layer: layers of the trunk.
         published: what config.json has beside that.
         head: the head's own tensors in checkpoints.
-        block: what the names of the head's block begin with in checkpoints.
+        block: what the names of the head's layer begin with in checkpoints, or of each of its layers.
         pre: the engine's name of the pre-tokenizer that the family has.
+        stem: what the names of layers begin with.
     """
 
     model: str
@@ -61,8 +63,9 @@ class Kind:
     n_layer: int
     published: Mapping[str, Any]
     head: Mapping[str, str]
-    block: str = "model.layers.{n_layer}."
+    block: tuple[str, ...] = ("model.layers.{n_layer}.",)
     pre: str = "qwen2"
+    stem: str = "model.layers."
 
 
 _NUMBERED = {
@@ -107,7 +110,7 @@ KINDS: dict[str, Kind] = {
         4,
         {"mtp_num_hidden_layers": 1},
         _QWEN,
-        "mtp.layers.0.",
+        ("mtp.layers.0.",),
         "qwen35",
     ),
     "qwen35moe": Kind(
@@ -116,10 +119,10 @@ KINDS: dict[str, Kind] = {
         4,
         {"mtp_num_hidden_layers": 1},
         _QWEN,
-        "mtp.layers.0.",
+        ("mtp.layers.0.",),
         "qwen35",
     ),
-    "qwen3next": Kind("Qwen3NextForCausalLM", {**_HYBRID, **_QWEN_EXPERTS}, 4, {}, _QWEN, "mtp.layers.0."),
+    "qwen3next": Kind("Qwen3NextForCausalLM", {**_HYBRID, **_QWEN_EXPERTS}, 4, {}, _QWEN, ("mtp.layers.0.",)),
     "glm4moe": Kind(
         "Glm4MoeForCausalLM", {**_SIZES, **_GQA, **_GLM_EXPERTS, "use_qk_norm": True}, 3, {}, _NUMBERED, pre="glm4"
     ),
@@ -171,6 +174,32 @@ KINDS: dict[str, Kind] = {
         _NUMBERED,
         pre="tekken",
     ),
+    "nemotron_h_moe": Kind(
+        "NemotronHForCausalLM",
+        {
+            **{name: value for name, value in {**_SIZES, **_GQA}.items() if name != "vocab_size"},
+            **_EXPERTS,
+            "vocab_size": 304,  # the converter makes it a multiple of 8
+            "layers_block_type": ["linear_attention", "full_attention", "moe"] * 2 + ["full_attention", "moe"],
+            "ssm_state_size": 16,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 32,
+            "n_groups": 2,
+            "chunk_size": 32,
+            "n_routed_experts": 4,
+            "moe_shared_expert_intermediate_size": 32,
+            "use_mamba_kernels": False,
+        },
+        6,
+        {"num_nextn_predict_layers": 1, "hybrid_override_pattern": "M*EM*E"},
+        {
+            **{name: f"mtp.layers.0.{name}.weight" for name in ("eh_proj", "enorm", "hnorm")},
+            "norm": "mtp.layers.1.final_layernorm.weight",
+        },
+        ("mtp.layers.0.", "mtp.layers.1."),
+        "pixtral",
+        "backbone.layers.",
+    ),
 }
 
 
@@ -201,10 +230,18 @@ def write(kind: str, folder: Path, *, n_tokens: int = 80, seed: int = 0) -> Chec
     torch.manual_seed(seed)
     n_layer = family.n_layer
     model_class = getattr(transformers, family.model)
-    model = model_class(model_class.config_class(**family.config, num_hidden_layers=n_layer + 1)).eval()
+    n_all = n_layer + len(family.block)
+    model = model_class(model_class.config_class(**family.config, num_hidden_layers=n_all)).eval()
     config, base = model.config, model.model
-    width, eps = config.hidden_size, getattr(config, "rms_norm_eps", None) or config.layer_norm_eps
-    head = {name: type(base.norm)(width, eps=eps) for name in ("enorm", "hnorm", "norm")}
+    width, last_norm = config.hidden_size, getattr(base, _norm(base))
+    eps = next(getattr(config, name) for name in _EPSILONS if getattr(config, name, None))
+    head = {name: type(last_norm)(width, eps=eps) for name in ("enorm", "hnorm", "norm")}
+    if kind == "nemotron_h_moe":
+        # As the engine has it (src/models/nemotron-h-moe.cpp). NVIDIA's TensorRT-LLM has an RMS norm there.
+        head["norm"] = torch.nn.LayerNorm(width, eps, bias=False)
+        for layer in base.layers:
+            # The published limit. transformers takes time_step_min, of the initialisation, and the engine none.
+            layer.mixer.time_step_limit = tuple(config.time_step_limit)
     head["eh_proj"] = torch.nn.Linear(2 * width, width, bias=False)
     for module in (model, *head.values()):
         randomise(module)
@@ -213,20 +250,25 @@ def write(kind: str, folder: Path, *, n_tokens: int = 80, seed: int = 0) -> Chec
     write_tokenizer(folder)
 
     tokens = torch.randint(len(SPECIAL), N_VOCAB, (1, n_tokens))
-    block, last_norm = base.layers[n_layer], base.norm
+    blocks = base.layers[n_layer:]
     with torch.no_grad():
         hidden = _run(model, base.layers[:n_layer], slice(n_layer), last_norm, input_ids=tokens)
-        fed = torch.cat([head["enorm"](base.embed_tokens(tokens[:, 1:])), head["hnorm"](hidden[:, :-1])], -1)
+        fed = torch.cat([head["enorm"](model.get_input_embeddings()(tokens[:, 1:])), head["hnorm"](hidden[:, :-1])], -1)
         positions = torch.arange(1, n_tokens)[None]
         # The engine's heads attend to all that came before, with rotated positions.
-        if hasattr(block.self_attn, "indexer"):
-            block.self_attn.indexer.index_topk = n_tokens
-        if hasattr(block.self_attn, "force_rope"):
-            block.self_attn.force_rope = True
+        for module in blocks.modules():
+            if hasattr(module, "index_topk"):
+                module.index_topk = n_tokens
+            if hasattr(module, "force_rope"):
+                module.force_rope = True
         fed = head["eh_proj"](fed)
-        out = _run(model, [block], slice(n_layer, None), head["norm"], inputs_embeds=fed, position_ids=positions)
+        out = _run(model, blocks, slice(n_layer, None), head["norm"], inputs_embeds=fed, position_ids=positions)
         logits, drafts = (model.lm_head(rows) * getattr(config, "logit_scale", 1.0) for rows in (hidden, out))
     return Checkpoint(folder, tokens[0].numpy(), *(rows[0].numpy() for rows in (logits, hidden, drafts)))
+
+
+def _norm(base: Any) -> str:
+    return "norm" if hasattr(base, "norm") else "norm_f"
 
 
 def _run(model: Any, layers: Any, which: slice, norm: Any, **inputs: Any) -> Any:
@@ -235,7 +277,8 @@ def _run(model: Any, layers: Any, which: slice, norm: Any, **inputs: Any) -> Any
 
     base, config = model.model, model.config
     of_all = {name: getattr(config, name) for name in _PER_LAYER if getattr(config, name, None) is not None}
-    base.layers, base.norm, config.num_hidden_layers = torch.nn.ModuleList(layers), norm, len(layers)
+    base.layers, config.num_hidden_layers = torch.nn.ModuleList(layers), len(layers)
+    setattr(base, _norm(base), norm)
     for name, values in of_all.items():
         setattr(config, name, values[which])
     rows = base(**inputs, use_cache=False).last_hidden_state
@@ -258,15 +301,19 @@ def randomise(module: Any) -> None:
 
 
 def _publish(folder: Path, family: Kind, head: Mapping[str, Any]) -> None:
-    """Name the last layer, and the head's own tensors, as a checkpoint has them."""
+    """Name the last layers, and the head's own tensors, as a checkpoint has them."""
     from safetensors.torch import load_file, save_file
 
     n_layer, path = family.n_layer, folder / "model.safetensors"
-    last, block = f"model.layers.{n_layer}.", family.block.format(n_layer=n_layer)
-    tensors = {
-        block + name.removeprefix(last) if name.startswith(last) else name: values
-        for name, values in load_file(path).items()
-    }
+    names = {f"{family.stem}{n_layer + i}.": block.format(n_layer=n_layer) for i, block in enumerate(family.block)}
+
+    def published(name: str) -> str:
+        for ours, theirs in names.items():
+            if name.startswith(ours):
+                return theirs + name.removeprefix(ours)
+        return name
+
+    tensors = {published(name): values for name, values in load_file(path).items()}
     tensors |= {family.head[name].format(n_layer=n_layer): module.weight.detach() for name, module in head.items()}
     save_file({name: values.contiguous() for name, values in tensors.items()}, path, metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
