@@ -130,11 +130,12 @@ class MtpDraft(Draft):
     ) -> None:
         """
         Args:
-            model_path: an MTP GGUF of the target model (``nextn_predict_layers`` 1, no trunk), or a DSpark GGUF; "~" is
-                the user's home. None for the MTP block in the target's own file. Of DeepSeek-V4 the head has a file of
-                its own, of all other families it is mostly in the model's.
+            model_path: an MTP GGUF of the target model (with ``nextn_predict_layers``, no trunk), or a DSpark GGUF; "~"
+                is the user's home. None for the MTP block in the target's own file. Of DeepSeek-V4 the head has a file
+                of its own, of all other families it is mostly in the model's.
             num_pred_tokens: the number of tokens drafted per cycle; 0 drafts none. Lowered where the target's
-                micro-batch or the context has no room for as many, and to 16. None leaves it to `adaptive`.
+                micro-batch or the context has no room for as many, to the number of heads where there are several, each
+                of which makes one, and to 16. None leaves it to `adaptive`.
             adaptive: whether each cycle's number of drafts, 0 to `num_pred_tokens` (3 where that is None), is the one
                 at which a token costs least, by what was measured of late. None: where `num_pred_tokens` is None. A
                 number that the clock decides changes no exact text; where the text is not exact, typical costs are
