@@ -211,8 +211,10 @@ def test_too_small_a_disk_is_said_first(
     assert listing(here) == ["ds4.gguf"]
 
 
+# A process in a shell's background is born deaf to Ctrl-C.
 STOPS = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from ds4_mtp_plugin import cli
 from ds4_mtp_plugin.gguf import ds4
 chunks = ds4._chunks

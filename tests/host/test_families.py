@@ -140,7 +140,7 @@ def test_drafts_from_the_text(llama: Make, directory: Path, architecture: str) -
     """For a hybrid model there are few: each costs a copy of its states in every decode."""
     files = plant_family(directory, architecture, noise=0.05)  # its text goes round in a circle
     found = []
-    for draft in (None, NgramDraft()):
+    for draft in (None, NgramDraft(adaptive=False)):  # on a busy machine drafts may not pay
         llm = llama(files.trunk, draft_model=draft, n_ctx=1024)
         found.append(text_and_logits(llm, files.prompt(40), 300))
     assert found[0][0] == found[1][0]
