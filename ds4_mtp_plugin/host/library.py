@@ -65,7 +65,9 @@ def _check_build() -> None:
     """`ds4-mtp install-engine` placed a copy, and this package was installed anew since: refuse to be half of each."""
     theirs = Path(library_path())
     ours = LIBRARY_DIR / theirs.name
-    if _CHOICE not in os.environ and ours.is_file() and not filecmp.cmp(theirs, ours, shallow=False):
+    if _CHOICE in os.environ or not ours.is_file() or ours.samefile(theirs):
+        return
+    if not filecmp.cmp(theirs, ours, shallow=False):
         raise ImportError(
             f"llama_cpp runs on {theirs}, an engine of ds4_mtp_plugin of another build than this one's, {ours}: run "
             "'ds4-mtp install-engine' again, or 'ds4-mtp install-engine --undo' and import ds4_mtp_plugin before "

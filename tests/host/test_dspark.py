@@ -14,6 +14,7 @@ from llama_cpp import Llama
 from ds4_mtp_plugin import MtpDraft, cli, engine
 from ds4_mtp_plugin.gguf import DSPARK, check_head, check_pair, read_model
 from ds4_mtp_plugin.host import opening
+from ds4_mtp_plugin.host.session import SINGLE_ROWS
 from ds4_mtp_plugin.speculation import DsparkDrafter
 from tests.fixtures import GPU_LAYERS
 from tests.fixtures.dspark_gguf import N_BLOCK, write_dspark
@@ -93,6 +94,9 @@ def test_a_draft_is_what_the_committed_rows_make_it(llama: Make, files: Planted,
     for n_past in positions:
         fresh = watched(llama(files.trunk, draft_model=MtpDraft(head, adaptive=False, checkpoints_mb=0)))
         drafted.clear()
+        fresh.eval(prompt)
+        for i in range(len(prompt), n_past, SINGLE_ROWS):  # as in the run: in larger batches rows round otherwise
+            fresh.eval(text[i : min(i + SINGLE_ROWS, n_past)])
         generate(fresh, text[:n_past], 2)
         same += drafted[n_past] == of_run[n_past]
         # What a few other rows, well within the window, make of it.
@@ -100,7 +104,7 @@ def test_a_draft_is_what_the_committed_rows_make_it(llama: Make, files: Planted,
         generate(fresh, [*text[: n_past - 6], *text[5:10], *text[n_past - 1 : n_past]], 2)
         as_moved += drafted.get(n_past) == of_run[n_past]
     assert len(positions) > 12
-    assert same >= 0.9 * len(positions)  # a prompt's rows round otherwise than single ones, by the CPU in 0 to 2 of 29
+    assert same >= len(positions) - 1  # the head, too, is shown many rows at once
     assert as_moved < 2 * len(positions) / 3
 
 

@@ -246,6 +246,11 @@ def test_another_model_is_no_head(tmp_path: Path) -> None:
     refused(files.check_head, path, match="it is something else of architecture 'clip'")
     path = craft(tmp_path / "z.gguf", ["blk.9.nextn.eh_proj.weight"], architecture="bailingmoe2")
     refused(files.check_head, path, match="MTP head of architecture 'bailingmoe2'; expected 'deepseek4' .DeepSeek-V4.")
+    block = [f"blk.9.{name}.weight" for name in ("nextn.eh_proj", "nextn.enorm", "nextn.hnorm", "attn_qkv")]
+    block += [f"blk.9.ffn_{name}.weight" for name in ("gate", "up", "down")]
+    keys = {"mimo2.block_count": 10, "mimo2.nextn_predict_layers": 1, "mimo2.attention.sliding_window": 32}
+    path = craft(tmp_path / "v.gguf", ["token_embd.weight", "output_norm.weight", *block], keys, architecture="mimo2")
+    refused(files.check_head, path, match="neither output.weight nor blk.9.nextn.shared_head_head.weight is there")
     path = craft(tmp_path / "w.gguf", ["blk.9.nextn.eh_proj.weight"], architecture="gemma4-assistant")
     refused(files.check_head, path, match="its head reads the memory of its model")
 
