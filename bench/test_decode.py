@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from bench.server import BINARY, ServerContender
 from ds4_mtp_plugin import MtpDraft, NgramDraft
 from ds4_mtp_plugin.cli.demo import BASE, DSPARK, HEAD
 from tests.fixtures.dspark_gguf import write_dspark
-from tests.fixtures.mtp_gguf import HALF_A_GIGABYTE, plant
+from tests.fixtures.mtp_gguf import FAMILIES, HALF_A_GIGABYTE, plant
 from tests.fixtures.planted import BENCH, planted
 
 ROUNDS = int(os.environ.get("DS4_BENCH_ROUNDS", "5"))
@@ -125,8 +126,10 @@ def test_planted_hybrid(benchmark: Any, table: Callable[[str], None], directory:
 
 @pytest.mark.parametrize("n", [1000, 8000])
 def test_first_token_of_a_hybrid(benchmark: Any, table: Callable[[str], None], directory: Path, n: int) -> None:
-    """What a head that attends over everything costs a prompt."""
-    files = plant(directory, "qwen35", **({"family": HALF_A_GIGABYTE} if n < 8000 else {}))
+    """What a head that attends over everything costs a prompt; the long one is a small model's."""
+    small = FAMILIES["qwen35"]
+    family = HALF_A_GIGABYTE if n < 8000 else replace(small, keys={**small.keys, "context_length": 2 * n})
+    files = plant(directory, "qwen35", family=family)
     both = [
         Contender("plain", dict),
         Contender("plain again", dict),
