@@ -1,6 +1,6 @@
 """What a change of the engine costs plain decoding: two builds of the libraries decode the same text, in turn.
 
-    python -m bench.engines FOLDER FOLDER [-m MODEL] [-n TOKENS] [-r ROUNDS] [-t THREADS] [--flash]
+    python -m bench.engines FOLDER FOLDER [-m MODEL] [-p PROMPT] [-n TOKENS] [-r ROUNDS] [-t THREADS] [--flash]
 
 Each folder holds the libraries of one build; the first is the one that the ratios are to. Both run plain, each in a
 process of its own, one waiting while the other decodes.
@@ -26,11 +26,11 @@ def work(args: argparse.Namespace) -> None:
     from llama_cpp import Llama
 
     options: dict[str, Any] = {"n_threads": args.threads, "n_threads_batch": args.threads, "flash_attn": args.flash}
-    llm = Llama(str(args.model), n_ctx=1024, verbose=False, **options)
+    llm = Llama(str(args.model), n_ctx=args.prompt + args.n, verbose=False, **options)
     print("ready", flush=True)
     for _ in sys.stdin:
         llm.reset()  # type: ignore[no-untyped-call, unused-ignore]
-        llm.eval(list(range(300, 364)))
+        llm.eval([300 + i % 64 for i in range(args.prompt)])
         t0, token = time.perf_counter(), 0
         for _ in range(args.n):
             token = llm.sample(temp=0.0)
@@ -42,6 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.engines", description=__doc__)
     parser.add_argument("folders", nargs="*", metavar="FOLDER", type=Path)
     parser.add_argument("-m", "--model", type=Path, required=True, metavar="MODEL", help="GGUF of a DeepSeek-V4 model")
+    parser.add_argument("-p", "--prompt", type=int, default=64, metavar="TOKENS", help="before them (%(default)s)")
     parser.add_argument("-n", type=int, default=100, metavar="TOKENS", help="tokens a round (%(default)s)")
     parser.add_argument("-r", type=int, default=9, metavar="ROUNDS", help="after one to warm up (%(default)s)")
     parser.add_argument("-t", "--threads", type=int, default=os.cpu_count(), metavar="N", help="(%(default)s)")
