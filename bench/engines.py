@@ -42,7 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.engines", description=__doc__)
     parser.add_argument("folders", nargs="*", metavar="FOLDER", type=Path)
     parser.add_argument("-m", "--model", type=Path, required=True, metavar="MODEL", help="GGUF of a DeepSeek-V4 model")
-    parser.add_argument("-p", "--prompt", type=int, default=64, metavar="PROMPT", help="length of the prompt (%(default)s)")
+    parser.add_argument("-p", "--prompt", type=int, default=64, metavar="PROMPT", help="its length (%(default)s)")
     parser.add_argument("-n", type=int, default=100, metavar="TOKENS", help="tokens a round (%(default)s)")
     parser.add_argument("-r", type=int, default=9, metavar="ROUNDS", help="after one to warm up (%(default)s)")
     parser.add_argument("-t", "--threads", type=int, default=os.cpu_count(), metavar="N", help="(%(default)s)")
