@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "ds4_mtp_plugin" / "models"
 NAMES = {"trunk": "ds4-mini-q8_0.gguf", "mtp": "ds4-mini-mtp-q8_0.gguf"}
 DSPARK = "ds4-mini-dspark-q8_0.gguf"
+TEXTS = ROOT / "tests" / "fixtures" / "mini_texts.json"
 GENERAL = {
     "basename": "ds4-mini",
     "author": "The ds4-mtp-plugin authors",
@@ -176,22 +177,41 @@ def parameters(model: Any) -> dict[str, int]:
 # --- acceptance ------------------------------------------------------------------------------------------------------
 
 
-def _texts(llm: Any, temperature: float, max_tokens: int) -> Iterator[str]:
+class _Tokens:
+    """A logits processor that changes nothing and keeps the tokens it is shown: all but the last of a text."""
+
+    def __init__(self) -> None:
+        self.prompt, self.text = [], []  # type: list[int], list[int]
+
+    def __call__(self, ids: Any, scores: Any) -> Any:
+        self.prompt = self.prompt or ids.tolist()
+        self.text = ids[len(self.prompt) :].tolist()
+        return scores
+
+
+def _texts(llm: Any, temperature: float, max_tokens: int) -> Iterator[tuple[str, _Tokens]]:
+    from llama_cpp import LogitsProcessorList
+
     for seed, question in enumerate(QUESTIONS):
-        message = [{"role": "user", "content": question}]
-        answer = llm.create_chat_completion(message, max_tokens=max_tokens, temperature=temperature, seed=seed)
-        yield answer["choices"][0]["message"]["content"]
+        message, seen = [{"role": "user", "content": question}], _Tokens()
+        sampling = {"temperature": temperature, "seed": seed, "logits_processor": LogitsProcessorList([seen])}
+        answer = llm.create_chat_completion(message, max_tokens=max_tokens, **sampling)
+        yield answer["choices"][0]["message"]["content"], seen
     for seed, beginning in enumerate(BEGINNINGS):
-        answer = llm.create_completion(beginning, max_tokens=max_tokens, temperature=temperature, seed=seed)
-        yield beginning + answer["choices"][0]["text"]
+        seen = _Tokens()
+        sampling = {"temperature": temperature, "seed": seed, "logits_processor": LogitsProcessorList([seen])}
+        answer = llm.create_completion(beginning, max_tokens=max_tokens, **sampling)
+        yield beginning + answer["choices"][0]["text"], seen
 
 
 def measure_acceptance(
     folder: Path, head: str = NAMES["mtp"], depth: int = DEPTH, max_tokens: int = 200
-) -> dict[str, Any]:
-    """Acceptance per draft position and temperature, on the engine, with the host's own sampler.
+) -> tuple[dict[str, Any], dict[str, list[_Tokens]]]:
+    """Acceptance per draft position and temperature, on the engine, with the host's own sampler; and the texts.
 
-    Position j's rate is the share of drafts at depth j that were accepted, with all before them.
+    Position j's rate is the share of drafts at depth j that were accepted, with all before them. The texts are the
+    same whatever the head. They depend on the CPU, whose kernels decide near ties: one token, and all behind it is
+    another text. So a comparison with these rates is made over these texts.
     """
     from ds4_mtp_plugin import MtpDraft  # first: it makes the host load our engine
 
@@ -199,6 +219,7 @@ def measure_acceptance(
 
     found: dict[str, Any] = {"max_tokens": max_tokens, "prompts": len(QUESTIONS) + len(BEGINNINGS), "rows": []}
     options: dict[str, Any] = {"num_pred_tokens": depth}
+    tokens: dict[str, list[_Tokens]] = {}
     for temperature in TEMPERATURES:
         # A new pair each time: statistics count from when the draft was attached.
         draft = MtpDraft(folder / head, **options)
@@ -206,6 +227,7 @@ def measure_acceptance(
         threads = {"n_threads": 1, "n_threads_batch": 1}
         llm = Llama(str(folder / NAMES["trunk"]), n_ctx=2048, draft_model=draft, verbose=False, **threads)
         texts = list(_texts(llm, temperature, max_tokens))
+        tokens[f"{temperature:g}"] = [seen for _, seen in texts]
         stats = draft.stats
         found["rows"].append(
             {
@@ -216,9 +238,18 @@ def measure_acceptance(
             }
         )
         if temperature == 0.0:
-            found["samples"] = [[QUESTIONS[i], texts[i]] for i in (0, 2, 4)]
+            found["samples"] = [[QUESTIONS[i], texts[i][0]] for i in (0, 2, 4)]
         llm.close()
-    return found
+    return found, tokens
+
+
+def write_texts(tokens: dict[str, list[_Tokens]]) -> None:
+    """Keep the texts that acceptance was measured over, a line per text, for the tests to replay."""
+    rows = {
+        temperature: ",\n".join(json.dumps({"prompt": each.prompt, "text": each.text}) for each in texts)
+        for temperature, texts in tokens.items()
+    }
+    TEXTS.write_text("{" + ",\n".join(f'"{temperature}": [\n{lines}\n]' for temperature, lines in rows.items()) + "}\n")
 
 
 # --- card ------------------------------------------------------------------------------------------------------------
@@ -387,10 +418,10 @@ def main(arguments: list[str] | None = None) -> None:
     if args.dspark:
         facts["dspark"] = export_dspark(args.dspark, args.to)
     if not args.no_acceptance:
-        if not args.dspark:
-            facts["acceptance"] = measure_acceptance(args.to)
+        facts["acceptance"], tokens = measure_acceptance(args.to)
         if (found := facts.get("dspark")) is not None:
-            found["acceptance"] = measure_acceptance(args.to, DSPARK, found["block"])
+            found["acceptance"], _ = measure_acceptance(args.to, DSPARK, found["block"])
+        write_texts(tokens)
     json_path.write_text(json.dumps(facts, indent=1) + "\n")
     (args.to / "README.md").write_text(card(facts))
 
