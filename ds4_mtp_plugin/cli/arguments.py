@@ -67,6 +67,9 @@ def real(low: float | None = None, high: float | None = None, *, above: float | 
     return parse
 
 
+#: The type of an option: a number of threads.
+threads = integer(1, _MOST_THREADS)
+
 #: A prompt for those who have none at hand.
 EXAMPLE = "This module implements a number of functions that"
 
@@ -169,9 +172,7 @@ def add_generation(
         metavar="N",
         help="length of the context; 0: the model's own (default %(default)s)",
     )
-    parser.add_argument(
-        "-t", "--threads", type=integer(1, _MOST_THREADS), metavar="N", help="threads (default: the host's choice)"
-    )
+    parser.add_argument("-t", "--threads", type=threads, metavar="N", help="threads (default: the host's choice)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead, when all is done")
 
 

@@ -1,0 +1,1 @@
+from tests.models import llama, plant  # noqa: F401
