@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from .engine import ServerLost
 from .engine import rpc as _rpc
 from .engine.rpc import Device
 from .host.library import current as _library
 
-__all__ = ["Device", "add_servers", "check_endpoint", "devices"]
+__all__ = ["Device", "ServerLost", "add_servers", "check_endpoint", "devices", "remove_servers", "set_timeout"]
 
 
 def add_servers(endpoints: Iterable[str]) -> None:
@@ -22,10 +23,31 @@ def add_servers(endpoints: Iterable[str]) -> None:
 
     Raises:
         EngineError: a server offers nothing, or the engine was built without RPC.
+        ServerLost: a server cannot be reached, or is of another version.
         ValueError: an endpoint is not "host:port".
     """
     for endpoint in [check_endpoint(each) for each in endpoints]:
         _rpc.add_server(_library(), endpoint)
+
+
+def remove_servers(endpoints: Iterable[str]) -> None:
+    """Take servers back, for every Llama that is made from now on: one that is gone would fail to load there."""
+    for endpoint in endpoints:
+        _rpc.remove_server(_library(), endpoint)
+
+
+def set_timeout(seconds: int) -> None:
+    """How long a server may be silent (300 s at first) before it is lost (`ServerLost`); 0 for no limit.
+
+    It has to be longer than a server takes for a batch of a prompt.
+
+    Raises:
+        EngineError: the engine was built without RPC.
+        ValueError: `seconds` is negative.
+    """
+    if seconds < 0:
+        raise ValueError(f"a timeout of {seconds} s, expected 0 (none) or more")
+    _rpc.set_timeout(_library(), seconds)
 
 
 def devices() -> list[Device]:

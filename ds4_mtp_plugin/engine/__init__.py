@@ -14,6 +14,8 @@ from .context import (
     Memory,
     Model,
     NoSuchRow,
+    ServerLost,
+    naming_servers,
 )
 from .library import ABI, LIBRARY_DIR, ROLLBACK_ANY, ROLLBACK_COPIES, ROLLBACK_RECENT, ROLLBACK_SAVED, Library, ffi
 
@@ -38,5 +40,7 @@ __all__ = [
     "Memory",
     "Model",
     "NoSuchRow",
+    "ServerLost",
     "ffi",
+    "naming_servers",
 ]

@@ -10,10 +10,10 @@ import os
 import typing as _t
 from dataclasses import dataclass
 
-from .context import EngineError
+from .context import EngineError, naming_servers
 from .library import Library, ffi
 
-__all__ = ["Device", "add_server", "devices", "serve"]
+__all__ = ["Device", "add_server", "devices", "remove_server", "serve", "set_timeout"]
 
 # enum ggml_backend_dev_type
 _CPU, _GPU, _IGPU = 0, 1, 2
@@ -41,14 +41,32 @@ def add_server(library: Library, endpoint: str) -> None:
 
     Raises:
         EngineError: the engine has no RPC backend, or the server offers no device.
+        ServerLost: there is no server, or it is of another version.
     """
     add = _function(library, "ggml_backend_rpc_add_server")
     if endpoint in (_endpoint(library, device) for device in _registered(library)):
         return
-    reg = add(endpoint.encode())
-    if reg == ffi.NULL:
-        raise EngineError(f"the RPC server {endpoint} offers no device")
+    with naming_servers(library):
+        reg = add(endpoint.encode())
+        if reg == ffi.NULL:
+            raise EngineError(f"the RPC server {endpoint} offers no device")
     library.lib.ggml_backend_register(reg)
+
+
+def remove_server(library: Library, endpoint: str) -> None:
+    """Take back what `add_server` registered; nothing where it is not. Models that are loaded stay where they are."""
+    if endpoint in (_endpoint(library, device) for device in _registered(library)):
+        # Asked again, the engine gives what it registered.
+        library.lib.ggml_backend_unload(_function(library, "ggml_backend_rpc_add_server")(endpoint.encode()))
+
+
+def set_timeout(library: Library, seconds: int) -> None:
+    """How long a server may be silent before it is lost; 0 for no limit. For the servers that are in use too.
+
+    Raises:
+        EngineError: the engine has no RPC backend.
+    """
+    _function(library, "ggml_backend_rpc_set_limit")(seconds)
 
 
 def devices(library: Library) -> list[Device]:
@@ -89,12 +107,12 @@ def serve(library: Library, endpoint: str, *, cache: str | None, n_threads: int)
 
 
 def _function(library: Library, name: str) -> _t.Any:
-    reg = library.lib.ggml_backend_reg_by_name(b"RPC")
-    if reg == ffi.NULL:
+    function = library.rpc_function(name)
+    if function is None:
         raise EngineError(
             f"the engine {library.path} was built without the RPC backend: build it with CMAKE_ARGS=-DGGML_RPC=ON"
         )
-    return ffi.cast(f"{name}_t", library.lib.ggml_backend_reg_get_proc_address(reg, name.encode()))
+    return function
 
 
 def _registered(library: Library) -> list[_t.Any]:
