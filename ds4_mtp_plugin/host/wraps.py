@@ -19,7 +19,7 @@ from llama_cpp import _ctypes_extensions, _internals
 from llama_cpp.llama_cpp import llama_memory_seq_pos_max
 
 from ..draft import Draft
-from . import library
+from . import library, servers
 from .contract import Context, Llama, Model
 from .opening import admit, depth_in_scope, head_in_scope, refuse_embeddings
 from .session import Session
@@ -181,7 +181,8 @@ class DraftModel:
 def model_init(host: _Host, model: Model, *, path_model: str, params: Any, verbose: bool = True) -> None:
     if head_in_scope():
         params.load_mtp = True
-    host(model, path_model=path_model, params=params, verbose=verbose)
+    with servers.place(params):
+        host(model, path_model=path_model, params=params, verbose=verbose)
 
 
 def context_init(host: _Host, context: Context, *, model: Model, params: Any, verbose: bool = True) -> None:
