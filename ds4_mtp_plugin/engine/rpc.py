@@ -1,7 +1,7 @@
 """ggml's RPC backend (ggml/src/ggml-rpc): the devices of other machines, and this machine's for others.
 
 Its functions are found through the registry of backends, so that it works where the backend is linked and where it is a
-module. The devices of servers are not put into that registry, where they would be every model's, and stay for ever: a model
+module. The devices of servers are not put into that registry, where they would be every model's for good: a model
 is given them by name (``llama_model_params.devices``).
 """
 
