@@ -65,7 +65,8 @@ def connect(library: Library, endpoint: str) -> Server:
         raise EngineError(f"the RPC server {endpoint} offers no device")
     lib = library.lib
     devices = tuple(lib.ggml_backend_reg_dev_get(reg, i) for i in range(lib.ggml_backend_reg_dev_count(reg)))
-    return Server(endpoint, devices, 0)
+    rows = _function(library, "ds4_mtp_rpc_rows")
+    return Server(endpoint, devices, min(int(rows(device)) for device in devices))
 
 
 def memory(library: Library, server: Server) -> list[Device]:
