@@ -14,6 +14,8 @@ from .context import (
     Memory,
     Model,
     NoSuchRow,
+    ServerLost,
+    naming_servers,
 )
 from .library import (
     ABI,
@@ -49,5 +51,7 @@ __all__ = [
     "Memory",
     "Model",
     "NoSuchRow",
+    "ServerLost",
     "ffi",
+    "naming_servers",
 ]

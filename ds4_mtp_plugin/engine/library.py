@@ -111,6 +111,31 @@ class Library:
         """
         return int(self.lib.ds4_mtp_rollback(ffi.cast("struct llama_model *", model)))
 
+    def lost(self, model: _t.Any) -> str | None:
+        """Why a server (RPC) that holds a part of a model is lost, named; None while none is.
+
+        Args:
+            model: a pointer or an address.
+        """
+        why = self.lib.ds4_mtp_lost(ffi.cast("struct llama_model *", model))
+        return None if why == ffi.NULL else str(ffi.string(why).decode())
+
+    def losses(self) -> tuple[int, str]:
+        """How often a server (RPC) was lost or could not be reached in this process, and why the last time."""
+        function = self.rpc_function("ggml_backend_rpc_last_loss")
+        if function is None:
+            return 0, ""
+        n = ffi.new("uint64_t *")
+        why = str(ffi.string(function(n)).decode())
+        return int(n[0]), why
+
+    def rpc_function(self, name: str) -> _t.Any | None:
+        """A function of ggml-rpc.h, from the registry, as the backend may be a module; None where it was not built."""
+        reg = self.lib.ggml_backend_reg_by_name(b"RPC")
+        if reg == ffi.NULL:
+            return None
+        return ffi.cast(f"{name}_t", self.lib.ggml_backend_reg_get_proc_address(reg, name.encode()))
+
     @property
     def compiler(self) -> str:
         """Name and version of the compiler that built this library."""

@@ -12,10 +12,10 @@ import typing as _t
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .context import EngineError
+from .context import EngineError, naming_servers
 from .library import Library, ffi
 
-__all__ = ["Device", "Server", "connect", "device_list", "local_gpus", "memory", "serve"]
+__all__ = ["Device", "Server", "connect", "device_list", "local_gpus", "memory", "serve", "set_timeout"]
 
 # enum ggml_backend_dev_type
 _CPU, _GPU, _IGPU = 0, 1, 2
@@ -59,14 +59,28 @@ def connect(library: Library, endpoint: str) -> Server:
 
     Raises:
         EngineError: the engine has no RPC backend, or the server offers no device.
+        ServerLost: there is no server, or it is of another version.
     """
-    reg = _function(library, "ggml_backend_rpc_add_server")(endpoint.encode())
-    if reg == ffi.NULL:
-        raise EngineError(f"the RPC server {endpoint} offers no device")
     lib = library.lib
-    devices = tuple(lib.ggml_backend_reg_dev_get(reg, i) for i in range(lib.ggml_backend_reg_dev_count(reg)))
+    with naming_servers(library):
+        reg = _function(library, "ggml_backend_rpc_add_server")(endpoint.encode())
+        if reg == ffi.NULL:
+            raise EngineError(f"the RPC server {endpoint} offers no device")
+        devices = tuple(lib.ggml_backend_reg_dev_get(reg, i) for i in range(lib.ggml_backend_reg_dev_count(reg)))
+        # The engine remembers devices, and the server may be gone since.
+        if _function(library, "ggml_backend_rpc_unreachable")(devices[0]) != ffi.NULL:
+            raise EngineError(f"the RPC server {endpoint} cannot be reached")
     rows = _function(library, "ds4_mtp_rpc_rows")
     return Server(endpoint, devices, min(int(rows(device)) for device in devices))
+
+
+def set_timeout(library: Library, seconds: int) -> None:
+    """How long a server may be silent before it is lost; 0 for no limit. For the servers that are in use too.
+
+    Raises:
+        EngineError: the engine has no RPC backend.
+    """
+    _function(library, "ggml_backend_rpc_set_limit")(seconds)
 
 
 def memory(library: Library, server: Server) -> list[Device]:
@@ -110,12 +124,12 @@ def serve(library: Library, endpoint: str, *, cache: str | None, n_threads: int)
 
 
 def _function(library: Library, name: str) -> _t.Any:
-    reg = library.lib.ggml_backend_reg_by_name(b"RPC")
-    if reg == ffi.NULL:
+    function = library.rpc_function(name)
+    if function is None:
         raise EngineError(
             f"the engine {library.path} was built without the RPC backend: build it with CMAKE_ARGS=-DGGML_RPC=ON"
         )
-    return ffi.cast(f"{name}_t", library.lib.ggml_backend_reg_get_proc_address(reg, name.encode()))
+    return function
 
 
 def _registered(library: Library, kind: int) -> list[_t.Any]:

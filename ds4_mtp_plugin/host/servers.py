@@ -12,7 +12,7 @@ from ..settings import current as settings
 from .contract import ModelParams
 from .library import current as library
 
-__all__ = ["add", "clear", "current", "for_head", "place", "rows"]
+__all__ = ["add", "current", "for_head", "place", "remove", "rows"]
 
 _servers: dict[str, rpc.Server] = {}
 
@@ -21,14 +21,16 @@ def add(endpoints: Iterable[str]) -> None:
     """
     Raises:
         EngineError: a server offers nothing, or the engine was built without RPC.
+        ServerLost: a server cannot be reached, or is of another version.
     """
     for endpoint in (*settings().rpc_servers, *endpoints):
         if endpoint not in _servers:
             _servers[endpoint] = rpc.connect(library(), endpoint)
 
 
-def clear() -> None:
-    _servers.clear()
+def remove(endpoints: Iterable[str] | None) -> None:
+    for endpoint in tuple(_servers) if endpoints is None else endpoints:
+        _servers.pop(endpoint, None)
 
 
 def current() -> list[rpc.Server]:

@@ -83,6 +83,10 @@ int32_t ds4_mtp_decode(llama_context * ctx, llama_batch batch) {
     }
 }
 
+const char * ds4_mtp_lost(const llama_model * model) {
+    return model->lost();
+}
+
 bool ds4_mtp_set_hidden(llama_context * ctx, int32_t mode) {
     switch (mode) {
         // not masked: some graphs would compute their last layer for the output rows alone, which a plain one does not
