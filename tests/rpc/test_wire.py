@@ -49,6 +49,17 @@ def test_a_decode_waits_for_one_answer_and_its_graph_stays_there(llama: Make, pl
         assert crossed.down <= decodes * rows * 4 * (TINY.n_vocab + TINY.hc_dim) * 1.05
 
 
+def test_the_graphs_of_a_model_and_of_a_head_on_its_server_stay_there(llama: Make, plant: Plant) -> None:
+    files = plant(acceptance=0.8)
+    with Server() as server, Proxy(server.port, ms=0) as proxy:
+        rpc.add_servers([proxy.endpoint])
+        draft = MtpDraft(files.mtp, num_pred_tokens=1, ngram=False, adaptive=False, n_gpu_layers=-1)
+        crossed, decodes = per_decode(
+            llama(files.trunk, n_gpu_layers=-1, draft_model=draft), proxy, files.cycle[:64].tolist()
+        )
+        assert crossed.up < 100_000 * decodes  # inputs; with three graphs it would be 400,000
+
+
 def test_prompts_send_the_logits_of_their_last_row_alone(llama: Make, plant: Plant) -> None:
     files = plant(acceptance=0.8)
     with Server() as server, Proxy(server.port, ms=0) as proxy:
