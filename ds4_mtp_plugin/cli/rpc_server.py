@@ -16,7 +16,10 @@ from ..options import endpoint
 from . import EXIT_FAILED, arguments
 
 HELP = "lend this machine's GPUs or CPU to a Llama on another machine"
-EXITS = {EXIT_FAILED: "failed: the port is taken, or a folder cannot be made; stderr says why"}
+EXITS = {
+    EXIT_FAILED: "failed: the port is taken, or a folder cannot be made; stderr says why",
+    128 + signal.SIGTERM: "stopped by SIGTERM",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

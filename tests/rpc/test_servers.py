@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +13,7 @@ from llama_cpp import Llama
 from ds4_mtp_plugin import cli, rpc, settings
 from ds4_mtp_plugin.cli.demo import BASE, HEAD
 from tests.fixtures.planted import Planted
-from tests.rpc.servers import Server
+from tests.rpc.servers import Server, environment, free_port
 
 
 def free(server: Server) -> int:
@@ -53,6 +56,27 @@ def test_the_command_line_takes_servers(capsys: pytest.CaptureFixture[str]) -> N
         assert cli.main([*argv, "--compare", "--rpc", server.endpoint]) == 0
         assert "the same 20 tokens" in capsys.readouterr().out
         assert [device.endpoint for device in rpc.devices()] == [server.endpoint]
+
+
+def test_a_port_that_is_taken_is_one_line_and_exit_status_1() -> None:
+    with Server() as server:
+        argv = [sys.executable, "-m", "ds4_mtp_plugin", "rpc-server", "--port", str(server.port)]
+        done = subprocess.run(argv, capture_output=True, text=True, env=environment())
+    assert done.returncode == cli.EXIT_FAILED
+    assert f"could not serve at {server.endpoint}" in done.stderr.splitlines()[-1]
+    assert "without a password" in done.stdout
+
+
+def test_ctrl_c_ends_a_server() -> None:
+    with Server() as server:
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(10) == -signal.SIGINT
+
+
+def test_doctor_names_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    nobody = f"127.0.0.1:{free_port()}"
+    assert cli.main(["doctor", "--rpc", nobody]) == 1
+    assert f"wrong: RPC server {nobody}: no connection" in capsys.readouterr().out
 
 
 def test_doctor_lists_a_server_and_its_memory(capsys: pytest.CaptureFixture[str]) -> None:
