@@ -1,39 +1,44 @@
-"""Layers on other machines, over llama.cpp's RPC: ``add_servers([...])`` before a Llama is made.
+"""Layers on other machines, over llama.cpp's RPC: ``add_servers(["host:port"])`` before a Llama is made.
 
 A server is ``ds4-mtp rpc-server`` on the other machine. Which layers lie there is the Llama's ``n_gpu_layers`` and
-``tensor_split``: servers come first among its devices.
+``tensor_split``: servers are the first of its devices, this machine's GPUs come behind them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from . import options
 from .engine import ServerLost
 from .engine import rpc as _rpc
 from .engine.rpc import Device
+from .host import servers as _servers
 from .host.library import current as _library
 
-__all__ = ["Device", "ServerLost", "add_servers", "check_endpoint", "devices", "remove_servers", "set_timeout"]
+__all__ = ["Device", "ServerLost", "add_servers", "devices", "remove_servers", "set_timeout"]
 
 
 def add_servers(endpoints: Iterable[str]) -> None:
-    """Register the servers at `endpoints` ("host:port"), for every Llama that is made from now on in this process.
+    """Give the servers at `endpoints` ("host:port") to every Llama that is made from now on in this process.
 
-    One that is registered already stays as it is.
+    One that was added already keeps its place. ``DS4_MTP_RPC_SERVERS`` adds servers too, which are then the first.
 
     Raises:
         EngineError: a server offers nothing, or the engine was built without RPC.
         ServerLost: a server cannot be reached, or is of another version.
         ValueError: an endpoint is not "host:port".
     """
-    for endpoint in [check_endpoint(each) for each in endpoints]:
-        _rpc.add_server(_library(), endpoint)
+    if isinstance(endpoints, str):
+        raise TypeError(f"add_servers: endpoints is {endpoints!r}, expected a list: add_servers([{endpoints!r}])")
+    _servers.add([options.endpoint(each) for each in endpoints])
 
 
-def remove_servers(endpoints: Iterable[str]) -> None:
-    """Take servers back, for every Llama that is made from now on: one that is gone would fail to load there."""
-    for endpoint in endpoints:
-        _rpc.remove_server(_library(), endpoint)
+def remove_servers(endpoints: Iterable[str] | None = None) -> None:
+    """Take servers back, by default all, for every Llama that is made from now on: with one that is gone, none loads.
+
+    Those of the environment are looked for again with the next Llama.
+    """
+    _servers.remove(endpoints)
 
 
 def set_timeout(seconds: int) -> None:
@@ -51,19 +56,5 @@ def set_timeout(seconds: int) -> None:
 
 
 def devices() -> list[Device]:
-    """The devices of the servers that were added, with their memory."""
-    return _rpc.devices(_library())
-
-
-def check_endpoint(text: str) -> str:
-    """`text`, which the engine reads as a name or an IPv4 address and a port.
-
-    Raises:
-        ValueError: it is not "host:port".
-    """
-    host, _, port = text.rpartition(":")
-    if not host or ":" in host or not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
-        raise ValueError(
-            f"RPC server {text!r}: expected host:port, with a name or an IPv4 address and a port 1 to 65535"
-        )
-    return text
+    """The devices of the servers, in the order of ``tensor_split``, each with its memory, for which it is asked."""
+    return [device for server in _servers.current() for device in _rpc.memory(_library(), server)]

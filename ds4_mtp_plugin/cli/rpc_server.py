@@ -12,11 +12,14 @@ from pathlib import Path
 
 from ..engine import rpc
 from ..host.library import current
-from ..rpc import check_endpoint
+from ..options import endpoint
 from . import EXIT_FAILED, arguments
 
 HELP = "lend this machine's GPUs or CPU to a Llama on another machine"
-EXITS = {EXIT_FAILED: "failed: the port is taken, or a folder cannot be made; stderr says why"}
+EXITS = {
+    EXIT_FAILED: "failed: the port is taken, or a folder cannot be made; stderr says why",
+    128 + signal.SIGTERM: "stopped by SIGTERM",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,14 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def do(args: argparse.Namespace) -> int:
-    endpoint = check_endpoint(f"{args.host}:{args.port}")
+    where = endpoint(f"{args.host}:{args.port}")
     if args.cache is not None:
         args.cache.mkdir(parents=True, exist_ok=True)
     print(
-        f"serving at {endpoint} until Ctrl-C. Whoever reaches this port can use this machine, without a password and "
+        f"serving at {where} until Ctrl-C. Whoever reaches this port can use this machine, without a password and "
         "unencrypted: open it to machines that you trust alone.",
         flush=True,
     )
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_DFL)  # Python's handlers would wait for a call that does not return
-    rpc.serve(current(), endpoint, cache=None if args.cache is None else str(args.cache), n_threads=args.threads)
+    rpc.serve(current(), where, cache=None if args.cache is None else str(args.cache), n_threads=args.threads)

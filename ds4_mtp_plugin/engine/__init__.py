@@ -17,10 +17,21 @@ from .context import (
     ServerLost,
     naming_servers,
 )
-from .library import ABI, LIBRARY_DIR, ROLLBACK_ANY, ROLLBACK_COPIES, ROLLBACK_RECENT, ROLLBACK_SAVED, Library, ffi
+from .library import (
+    ABI,
+    ANY_ROWS,
+    LIBRARY_DIR,
+    ROLLBACK_ANY,
+    ROLLBACK_COPIES,
+    ROLLBACK_RECENT,
+    ROLLBACK_SAVED,
+    Library,
+    ffi,
+)
 
 __all__ = [
     "ABI",
+    "ANY_ROWS",
     "HIDDEN_ALL",
     "HIDDEN_OFF",
     "HIDDEN_OUTPUTS",

@@ -32,8 +32,8 @@ ffi.cdef(_resources.files(__package__).joinpath("cdef.txt").read_text(encoding="
 # enum ds4_mtp_rollback
 ROLLBACK_RECENT, ROLLBACK_ANY, ROLLBACK_SAVED, ROLLBACK_COPIES = 1, 2, 3, 4
 
-# INT32_MAX: ds4_mtp_gpu_rows where there is no GPU.
-_ANY_ROWS = 2**31 - 1
+#: INT32_MAX: as many rows as a CPU computes each as if it were alone, which are all that are ever verified.
+ANY_ROWS = 2**31 - 1
 
 # enum ds4_mtp_struct: every struct that crosses the interface by value.
 _BY_VALUE = ("struct llama_model_params", "struct llama_context_params", "llama_batch")
@@ -101,7 +101,7 @@ class Library:
     @property
     def has_gpu(self) -> bool:
         """Whether a backend has found a GPU."""
-        return self.gpu_rows != _ANY_ROWS
+        return self.gpu_rows != ANY_ROWS
 
     def rollback(self, model: _t.Any) -> int:
         """Which rows the memory of a model's contexts can take back: a ROLLBACK_ constant, or 0 for none.

@@ -20,7 +20,7 @@ from llama_cpp.llama_cpp import llama_get_model, llama_memory_seq_pos_max
 
 from ..draft import Draft
 from ..engine import ServerLost, naming_servers
-from . import library
+from . import library, servers
 from .contract import Context, Llama, Model
 from .opening import admit, depth_in_scope, head_in_scope, refuse_embeddings
 from .session import Session
@@ -188,7 +188,7 @@ class DraftModel:
 def model_init(host: _Host, model: Model, *, path_model: str, params: Any, verbose: bool = True) -> None:
     if head_in_scope():
         params.load_mtp = True
-    with naming_servers(library.current()):
+    with servers.place(params), naming_servers(library.current()):
         host(model, path_model=path_model, params=params, verbose=verbose)
 
 

@@ -23,32 +23,33 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def environment() -> dict[str, str]:
+    """Of a process that runs `ds4-mtp` as this one would, on the same engine."""
+    search = os.pathsep.join([str(_ROOT), *sys.path])
+    return {**os.environ, "PYTHONPATH": search, "LLAMA_CPP_LIB_PATH": str(Path(host.library_path()).parent)}
+
+
 class Server:
     """``ds4-mtp rpc-server`` on a free loopback port, of the engine that this process runs on; listens once entered.
 
     Attributes:
         endpoint: "host:port", before it is entered too.
+        process: once it is entered.
     """
 
     def __init__(self, *options: str, threads: int = 1, port: int | None = None) -> None:
         self.port = free_port() if port is None else port
         self.endpoint = f"127.0.0.1:{self.port}"
         self._options = (f"--port={self.port}", f"--threads={threads}", *options)
-        self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Server:
-        search = os.pathsep.join([str(_ROOT), *sys.path])
-        engine = str(Path(host.library_path()).parent)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "ds4_mtp_plugin", "rpc-server", *self._options],
-            stdout=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": search, "LLAMA_CPP_LIB_PATH": engine},
-        )
+        command = [sys.executable, "-m", "ds4_mtp_plugin", "rpc-server", *self._options]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment())
         deadline = time.monotonic() + 60
         while True:
             with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", self.port)):
                 return self
-            status = self._process.poll()
+            status = self.process.poll()
             if status is not None or time.monotonic() > deadline:
                 self.kill()
                 raise RuntimeError(f"the RPC server at {self.endpoint} does not listen (exit status {status})")
@@ -66,6 +67,5 @@ class Server:
 
     def kill(self) -> None:
         """End it at once, as a machine that loses power does. Safe to call again."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        self.process.kill()
+        self.process.wait()
