@@ -14,6 +14,7 @@ from .engine import rpc as _rpc
 from .engine.rpc import Device
 from .host import servers as _servers
 from .host.library import current as _library
+from .settings import current as _settings
 
 __all__ = ["Device", "ServerLost", "add_servers", "devices", "remove_servers", "set_timeout"]
 
@@ -44,7 +45,7 @@ def remove_servers(endpoints: Iterable[str] | None = None) -> None:
 def set_timeout(seconds: int) -> None:
     """How long a server may be silent (300 s at first) before it is lost (`ServerLost`); 0 for no limit.
 
-    It has to be longer than a server takes for a batch of a prompt.
+    It has to be longer than a server takes for a batch of a prompt. ``DS4_MTP_RPC_TIMEOUT`` overrides it.
 
     Raises:
         EngineError: the engine was built without RPC.
@@ -52,7 +53,8 @@ def set_timeout(seconds: int) -> None:
     """
     if seconds < 0:
         raise ValueError(f"a timeout of {seconds} s, expected 0 (none) or more")
-    _rpc.set_timeout(_library(), seconds)
+    given = _settings().rpc_timeout
+    _rpc.set_timeout(_library(), seconds if given is None else given)
 
 
 def devices() -> list[Device]:

@@ -30,6 +30,8 @@ class Settings:
     margin: float | None = None
     # DS4_MTP_RPC_SERVERS: "host:port,...", whose devices every Llama gets (rpc.add_servers).
     rpc_servers: tuple[str, ...] = ()
+    # DS4_MTP_RPC_TIMEOUT: seconds for which a server may be silent before it is lost; 0 for no limit.
+    rpc_timeout: int | None = None
 
     @classmethod
     def of(cls, env: _t.Mapping[str, str]) -> Settings:
@@ -54,6 +56,11 @@ class Settings:
             servers = tuple(map(_options.endpoint, filter(None, env.get("DS4_MTP_RPC_SERVERS", "").split(","))))
         except ValueError as err:
             raise ValueError(f"DS4_MTP_RPC_SERVERS: {err}") from None
+        timeout: int | None = None
+        if given := env.get("DS4_MTP_RPC_TIMEOUT"):
+            if not (given.isascii() and given.isdigit()):
+                raise ValueError(f"DS4_MTP_RPC_TIMEOUT is {given!r}, expected whole seconds (0: no limit)")
+            timeout = int(given)
         # DS4_MTP_CONTINUOUS is accepted and needs nothing: the continuous cycle is the only one here.
         return cls(
             disable=on("DS4_MTP_SPEC_DISABLE"),
@@ -62,6 +69,7 @@ class Settings:
             log=on("DS4_MTP_SPEC_LOG"),
             margin=margin,
             rpc_servers=servers,
+            rpc_timeout=timeout,
         )
 
 

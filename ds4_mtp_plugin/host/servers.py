@@ -25,6 +25,8 @@ def add(endpoints: Iterable[str]) -> None:
     """
     for endpoint in (*settings().rpc_servers, *endpoints):
         if endpoint not in _servers:
+            if (timeout := settings().rpc_timeout) is not None:
+                rpc.set_timeout(library(), timeout)
             _servers[endpoint] = rpc.connect(library(), endpoint)
 
 

@@ -17,7 +17,7 @@ import llama_cpp
 import pytest
 from llama_cpp import Llama
 
-from ds4_mtp_plugin import MtpDraft, rpc
+from ds4_mtp_plugin import MtpDraft, rpc, settings
 from tests import LONG
 from tests.fixtures.planted import Planted
 from tests.rpc import proxy as requests
@@ -134,6 +134,19 @@ def test_what_is_no_server_of_this_protocol_is_named(answer: bytes | None, why: 
     finally:
         rpc.set_timeout(300)
     assert endpoint not in [device.endpoint for device in rpc.devices()]
+
+
+def test_the_environment_s_timeout_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS4_MTP_RPC_TIMEOUT", "1")
+    settings.current.cache_clear()
+    try:
+        rpc.set_timeout(0)
+        with listening(None) as endpoint, pytest.raises(rpc.ServerLost, match="it was silent for 1 s"):
+            rpc.add_servers([endpoint])
+    finally:
+        monkeypatch.undo()
+        settings.current.cache_clear()
+        rpc.set_timeout(300)
 
 
 # -- a server that is lost --
@@ -360,7 +373,7 @@ def test_a_part_of_a_file_is_not_kept(tmp_path: Path) -> None:
     """Where the disk is full the cache has nothing: what is found there is taken for a whole tensor."""
     with Server(f"--cache={tmp_path}") as server:
         for room in (1000, resource.RLIM_INFINITY):
-            resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+            resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
             with greeted(server.endpoint) as client:
                 name, _ = ask(client, requests.ALLOC_BUFFER, struct.pack("<IQ", 0, 8000), 2)
                 (base,) = ask(client, requests.BUFFER_GET_BASE, struct.pack("<Q", name), 1)

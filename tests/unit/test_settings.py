@@ -34,6 +34,15 @@ def test_the_margin_is_a_number() -> None:
             Settings.of({"DS4_MTP_MIN_MARGIN": bad})
 
 
+def test_the_timeout_of_servers_is_whole_seconds() -> None:
+    assert Settings.of({"DS4_MTP_RPC_TIMEOUT": "20"}).rpc_timeout == 20
+    assert Settings.of({"DS4_MTP_RPC_TIMEOUT": "0"}).rpc_timeout == 0  # no limit, also where the app gave one
+    assert Settings.of({"DS4_MTP_RPC_TIMEOUT": ""}).rpc_timeout is None
+    for bad in ("long", "-1", "0.5"):
+        with pytest.raises(ValueError, match=f"DS4_MTP_RPC_TIMEOUT is '{bad}'"):
+            Settings.of({"DS4_MTP_RPC_TIMEOUT": bad})
+
+
 def test_it_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     settings.current.cache_clear()
     try:
