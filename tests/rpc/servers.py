@@ -60,11 +60,6 @@ class Server:
     ) -> None:
         self.kill()
 
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
     def kill(self) -> None:
         """End it at once, as a machine that loses power does. Safe to call again."""
         self.process.kill()

@@ -360,7 +360,7 @@ def test_a_part_of_a_file_is_not_kept(tmp_path: Path) -> None:
     """Where the disk is full the cache has nothing: what is found there is taken for a whole tensor."""
     with Server(f"--cache={tmp_path}") as server:
         for room in (1000, resource.RLIM_INFINITY):
-            resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+            resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
             with greeted(server.endpoint) as client:
                 name, _ = ask(client, requests.ALLOC_BUFFER, struct.pack("<IQ", 0, 8000), 2)
                 (base,) = ask(client, requests.BUFFER_GET_BASE, struct.pack("<Q", name), 1)
