@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from llama_cpp import Llama
 
 from bench.proxy import Crossed, Proxy
 from ds4_mtp_plugin import MtpDraft, rpc
+from tests.fixtures.mtp_gguf import plant as plant_family
 from tests.fixtures.planted import TINY, Planted
 from tests.rpc.servers import Server
 from tests.text import generate
@@ -58,6 +60,17 @@ def test_the_graphs_of_a_model_and_of_a_head_on_its_server_stay_there(llama: Mak
             llama(files.trunk, n_gpu_layers=-1, draft_model=draft), proxy, files.cycle[:64].tolist()
         )
         assert crossed.up < 100_000 * decodes  # inputs; with three graphs it would be 400,000
+
+
+def test_over_two_servers_graphs_stay_there_too(llama: Make, tmp_path: Path) -> None:
+    """Of a cycle with a verify of 4 rows and 3 steps of a head, which lies where the last layers do."""
+    files = plant_family(tmp_path, "qwen35")
+    with Server() as one, Server() as other, Proxy(one.port, ms=0) as first, Proxy(other.port, ms=0) as second:
+        rpc.add_servers([first.endpoint, second.endpoint])
+        draft = MtpDraft(num_pred_tokens=3, ngram=False, adaptive=False)
+        llm = llama(files.trunk, n_gpu_layers=-1, draft_model=draft)
+        crossed, decodes = per_decode(llm, second, files.prompt(64))
+        assert crossed.up < 55_000 * decodes  # 80,000 where the graphs are built anew
 
 
 def test_prompts_send_the_logits_of_their_last_row_alone(llama: Make, plant: Plant) -> None:
