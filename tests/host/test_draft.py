@@ -319,7 +319,7 @@ def test_memory_refused_for_the_head_leaves_a_plain_llama(
                 lambda model, params: None if params.n_rs_seq else create(model, params),
             )
         else:
-            name = {"the model": "llama_model_load_from_file", "a context": "llama_init_from_model"}[what]
+            name = {"the model": "ds4_mtp_load_head", "a context": "llama_init_from_model"}[what]
             patch.setattr(engine.Library, "lib", property(lambda _: Refusing(lib, name)), raising=False)
         draft = MtpDraft(files.mtp, num_pred_tokens=2)
         with pytest.warns(RuntimeWarning, match="no speculation: the engine could not") as caught:
