@@ -8,7 +8,10 @@ import os as _os
 import pathlib as _pathlib
 import typing as _t
 
-from ._declarations import ffi as _ffi
+try:
+    from ._declarations import ffi as _ffi
+except ModuleNotFoundError as err:
+    raise ModuleNotFoundError(f"ds4_mtp_plugin needs cffi, whose {err.name} is missing: pip install cffi") from None
 
 # Must equal DS4_MTP_ABI of patches/src/ds4-mtp.h.
 ABI = 9

@@ -470,7 +470,7 @@ def _model_of_head(llama: Llama, draft: MtpDraft) -> Model:
         shared=same_tensors(
             read_header(draft.model_path), read_header(llama.model_path), ("token_embd.weight", "output.weight")
         ),
-        kv_overrides=ffi.cast("struct llama_model_kv_override *", overrides),
+        kv_overrides=ffi.cast("void *", overrides),
         **placed,
     )
 

@@ -510,9 +510,10 @@ def test_what_an_app_has_cut_off_is_not_evaluated_again(
     assert go_on(llm) == go_on(fresh)
 
 
+@pytest.mark.parametrize("saved", [False, True])
 @pytest.mark.parametrize("where", ["verify", "rollback"])
 def test_rows_that_only_the_app_knows_are_not_made_up(
-    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, where: str
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, where: str, saved: bool
 ) -> None:
     """A picture's rows have no tokens: where the engine lost them, an error says so, and the next prompt is right."""
     files = plant(acceptance=0.3)
@@ -524,6 +525,10 @@ def test_rows_that_only_the_app_knows_are_not_made_up(
     llama_cpp.llama_decode(llm.ctx, batch.batch)
     llm.n_tokens = 7
     llm.eval([320])
+    if saved:
+        state = llm.save_state()
+        llm.reset()
+        llm.load_state(state)
 
     def refused(*_: object) -> bool:
         if where == "verify":
