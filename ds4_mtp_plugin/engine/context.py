@@ -104,7 +104,15 @@ class Model:
     """A model, loaded by us or (`borrowed`) the host's."""
 
     def __init__(
-        self, library: Library, path: str, *, like: bytes | None = None, load_mtp: bool = False, **params: Any
+        self,
+        library: Library,
+        path: str,
+        *,
+        like: bytes | None = None,
+        load_mtp: bool = False,
+        target: Model | None = None,
+        shared: Sequence[str] = (),
+        **params: Any,
     ) -> None:
         """Load `path`.
 
@@ -113,6 +121,10 @@ class Model:
                 whether memory is allocated) is taken over; None means the engine's defaults. Its pointers must stay
                 valid during the call.
             load_mtp: load the NextN blocks too.
+            target: the model whose head this is, in a file of its own. Its tokens are the target's, whose texts are not
+                loaded again. The target must outlive it.
+            shared: names of tensors that are the same in both files, byte for byte: the target's are used where they
+                lie in the memory that the head's would.
             params: further fields of ``llama_model_params`` by name.
 
         Raises:
@@ -131,8 +143,15 @@ class Model:
         self._library = library
         self._owned = True
         self.path = path
+        self._target = target
+        self._ptr: Any
         with naming_servers(library):
-            self._ptr: Any = library.lib.llama_model_load_from_file(os.fsencode(path), p)
+            if target is None:
+                self._ptr = library.lib.llama_model_load_from_file(os.fsencode(path), p)
+            else:
+                names = [ffi.new("char[]", name.encode()) for name in shared]
+                listed = ffi.new("char *[]", [*names, ffi.NULL])
+                self._ptr = library.lib.ds4_mtp_load_head(os.fsencode(path), p, target._ptr, listed)
             if self._ptr == ffi.NULL:
                 raise EngineError(f"the engine could not load the model {path} (its log on stderr says why)")
 
@@ -140,7 +159,7 @@ class Model:
     def borrowed(cls, library: Library, ptr: Any, path: str) -> Model:
         """The host's model at the address `ptr`, loaded from `path`; it must outlive this object."""
         model = cls.__new__(cls)
-        model._library, model._owned, model.path = library, False, path
+        model._library, model._owned, model._target, model.path = library, False, None, path
         model._ptr = ffi.cast("struct llama_model *", ptr)
         return model
 
@@ -185,7 +204,7 @@ class Model:
                 if (why := self._library.lost(self._ptr)) is not None:
                     raise ServerLost(why)
                 raise EngineError(f"the engine could not create a context for {self.path} (its log on stderr says why)")
-        return Context(self._library, ptr, owned=True)
+        return Context(self._library, ptr, owned=True, tokens_of=self._target)
 
 
 class Context:
@@ -199,7 +218,11 @@ class Context:
         n_rollback: rows of the last micro-batch that can be taken back, whatever they hold.
     """
 
-    def __init__(self, library: Library, ptr: Any, *, owned: bool) -> None:
+    def __init__(self, library: Library, ptr: Any, *, owned: bool, tokens_of: Model | None = None) -> None:
+        """
+        Args:
+            tokens_of: the model that knows the tokens, where that is not the context's own.
+        """
         self._library = library
         self._lib = library.lib
         self._ptr = ffi.cast("struct llama_context *", ptr)
@@ -212,13 +235,14 @@ class Context:
         self.n_ubatch = int(self._lib.llama_n_ubatch(self._ptr))
         self.n_seq_max = int(self._lib.llama_n_seq_max(self._ptr))
         self.n_rs_seq = int(self._lib.llama_n_rs_seq(self._ptr))
-        self._vocab = self._lib.llama_model_get_vocab(model)
-        self.n_vocab = int(self._lib.llama_vocab_n_tokens(self._vocab))
+        vocab = self._lib.llama_model_get_vocab(model)
+        self._vocab = vocab if tokens_of is None else self._lib.llama_model_get_vocab(tokens_of._ptr)
+        self.n_vocab = int(self._lib.llama_vocab_n_tokens(vocab))
         self.n_embd = int(self._lib.llama_model_n_embd(model))
         self.n_embd_out = int(self._lib.llama_model_n_embd_out(model))
         self.n_layer_nextn = int(self._lib.llama_model_n_layer_nextn(model))
         self.window = int(self._lib.ds4_mtp_window(model))
-        self.mask = int(self._lib.llama_vocab_mask(self._vocab))
+        self.mask = int(self._lib.llama_vocab_mask(vocab))
         most = {
             ROLLBACK_RECENT: self.n_rs_seq,
             ROLLBACK_COPIES: self.n_rs_seq,

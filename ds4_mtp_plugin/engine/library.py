@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ctypes as _ctypes
 import importlib.metadata as _metadata
-import importlib.resources as _resources
 import os as _os
 import pathlib as _pathlib
 import typing as _t
 
-import cffi as _cffi
+try:
+    from ._declarations import ffi as _ffi
+except ModuleNotFoundError as err:
+    raise ModuleNotFoundError(f"ds4_mtp_plugin needs cffi, whose {err.name} is missing: pip install cffi") from None
 
 # Must equal DS4_MTP_ABI of patches/src/ds4-mtp.h.
-ABI = 8
+ABI = 10
 
 
 def _library_dir() -> _pathlib.Path:
@@ -26,8 +28,7 @@ def _library_dir() -> _pathlib.Path:
 
 LIBRARY_DIR = _library_dir()
 
-ffi: _t.Any = _cffi.FFI()
-ffi.cdef(_resources.files(__package__).joinpath("cdef.txt").read_text(encoding="utf-8"))
+ffi: _t.Any = _ffi
 
 # enum ds4_mtp_rollback
 ROLLBACK_RECENT, ROLLBACK_ANY, ROLLBACK_SAVED, ROLLBACK_COPIES = 1, 2, 3, 4

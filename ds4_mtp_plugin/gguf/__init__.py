@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .header import Header, Overrides, read_header
+from .header import Header, Overrides, read_header, same_tensors
 from .heads import (
     DS4_HEAD,
     DSPARK,
@@ -33,5 +33,6 @@ __all__ = [
     "check_inside",
     "check_pair",
     "read_header",
+    "same_tensors",
     "read_model",
 ]

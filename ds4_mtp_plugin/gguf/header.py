@@ -16,11 +16,22 @@ import os
 import re
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Union
 
-__all__ = ["NUMBERS", "TYPES", "Header", "Overrides", "PathLike", "Place", "Value", "read_header", "shown"]
+__all__ = [
+    "NUMBERS",
+    "TYPES",
+    "Header",
+    "Overrides",
+    "PathLike",
+    "Place",
+    "Value",
+    "read_header",
+    "same_tensors",
+    "shown",
+]
 
 PathLike = Union[str, "os.PathLike[str]"]
 Value = Union[int, float, bool, str, "tuple[int | float | bool, ...]"]
@@ -31,6 +42,7 @@ Overrides = Mapping[str, Value]
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _LONGEST_ARRAY_KEPT = 1024
+_AT_ONCE = 1 << 20
 
 # (name, elements, bytes) of a block by number of the tensor's type (ggml.h, ggml-common.h).
 _BLOCKS = {
@@ -147,6 +159,27 @@ def read_header(path: PathLike) -> Header:
         places={tensor: place for part in parts for tensor, place in part.places.items()},
         n_bytes=sum(part.n_bytes for part in parts),
     )
+
+
+def same_tensors(one: Header, other: Header, names: Iterable[str]) -> list[str]:
+    """Those of `names` that both files have, of the same type and shape, and with the same bytes.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+
+    def same(name: str) -> bool:
+        if (one.types[name], one.tensors[name]) != (other.types[name], other.tensors[name]):
+            return False
+        ours, theirs = one.places[name], other.places[name]
+        with open(ours.path, "rb") as a, open(theirs.path, "rb") as b:
+            a.seek(ours.offset)
+            b.seek(theirs.offset)
+            # Read, not mapped: what is mapped counts as the process's memory.
+            sizes = (min(_AT_ONCE, ours.n_bytes - at) for at in range(0, ours.n_bytes, _AT_ONCE))
+            return all(a.read(size) == b.read(size) for size in sizes)
+
+    return [name for name in names if name in one.tensors and name in other.tensors and same(name)]
 
 
 def shown(value: Value | None) -> str:

@@ -60,6 +60,7 @@ class State(Protocol):
     """``llama_cpp.llama.LlamaState``, on which we leave what `Ledger.save` says of it."""
 
     ds4_mtp_batches: list[tuple[int, int]]
+    ds4_mtp_known: int
 
 
 class Llama(Protocol):

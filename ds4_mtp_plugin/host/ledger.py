@@ -61,16 +61,17 @@ class Ledger:
         """What a saved state has to carry along: the large batches."""
         return self._large[:]
 
-    def load(self, n_tokens: int, large: list[tuple[int, int]] | None) -> None:
+    def load(self, n_tokens: int, large: list[tuple[int, int]] | None, known: int | None = None) -> None:
         """A state of n_tokens was loaded into memory.
 
         Args:
             large: what `save` said of it; None for a state that a Llama without a draft saved, which most likely
                 holds a prompt.
+            known: `known` as it was saved; None where that is all of it.
         """
         if large is None:
             large = [(0, n_tokens)] if n_tokens > self._single_rows else []
-        self._large, self.known = large[:], n_tokens
+        self._large, self.known = large[:], n_tokens if known is None else min(known, n_tokens)
 
 
 class Change:

@@ -28,7 +28,7 @@ from ..engine import (
     Model,
     ffi,
 )
-from ..gguf import check_inside, check_pair, read_header
+from ..gguf import check_inside, check_pair, read_header, same_tensors
 from ..settings import current as settings
 from ..speculation import (
     CPU_COSTS,
@@ -470,7 +470,11 @@ def _model_of_head(llama: Llama, draft: MtpDraft) -> Model:
         draft.model_path,
         like=_bytes(llama.model_params),
         load_mtp=True,
-        kv_overrides=ffi.cast("struct llama_model_kv_override *", overrides),
+        target=Model.borrowed(library(), llama._model.model, llama.model_path),
+        shared=same_tensors(
+            read_header(draft.model_path), read_header(llama.model_path), ("token_embd.weight", "output.weight")
+        ),
+        kv_overrides=ffi.cast("void *", overrides),
         **placed,
     )
 

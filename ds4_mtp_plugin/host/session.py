@@ -194,7 +194,7 @@ class Session:
     def save_state(self, host_save_state: Callable[[], State]) -> State:
         self.settle()
         state = host_save_state()
-        state.ds4_mtp_batches = self._ledger.save()
+        state.ds4_mtp_batches, state.ds4_mtp_known = self._ledger.save(), self._ledger.known
         return state
 
     def load_state(self, llama: Llama, host_load_state: Callable[[State], None], state: State) -> None:
@@ -208,7 +208,8 @@ class Session:
             raise
         finally:
             if llama.input_ids is not before:
-                self._ledger.load(llama.n_tokens, getattr(state, "ds4_mtp_batches", None))
+                saved = (getattr(state, name, None) for name in ("ds4_mtp_batches", "ds4_mtp_known"))
+                self._ledger.load(llama.n_tokens, *saved)
             # Hidden rows are no part of a state: cold until a token is evaluated.
             self._spec.begin(_SEQ)
             self._spec.process(_SEQ, 0, llama.input_ids[: llama.n_tokens].tolist(), self._spec.target.hidden_rows(0, 0))

@@ -1,4 +1,5 @@
 #include "ds4-mtp.h"
+#include "ds4-mtp-head.h"
 #include "ds4-mtp-version.h"
 
 #include "llama-ext.h"
@@ -38,6 +39,39 @@ static std::set<ggml_backend_reg_t> ds4_mtp_gpu_regs() {
         }
     }
     return regs;
+}
+
+// What ds4_mtp_load_head loads now, on this thread.
+static thread_local const llama_model *  ds4_mtp_target = nullptr;
+static thread_local const char * const * ds4_mtp_shared = nullptr;
+
+bool ds4_mtp_loads_head() {
+    return ds4_mtp_target != nullptr;
+}
+
+// Mapped from a file or not, memory of the CPU is of one kind. Repacked weights are of none that a host can read.
+static bool ds4_mtp_same_memory(ggml_backend_buffer_type_t a, ggml_backend_buffer_type_t b) {
+    return a == b || (ggml_backend_buft_is_host(a) && ggml_backend_buft_is_host(b) &&
+        ggml_backend_buft_get_device(a) == ggml_backend_buft_get_device(b));
+}
+
+ggml_tensor * ds4_mtp_shared_tensor(const char * name, const ggml_tensor * like, ggml_backend_buffer_type_t buft) {
+    if (ds4_mtp_target == nullptr) {
+        return nullptr;
+    }
+    for (const char * const * each = ds4_mtp_shared; *each != nullptr; ++each) {
+        if (strcmp(*each, name) != 0) {
+            continue;
+        }
+        // a name may be there twice: an embedding that is the output too, in the memory that suits each
+        for (const auto & [theirs, tensor] : ds4_mtp_target->tensors_by_name) {
+            if (theirs == name && tensor->type == like->type && ggml_are_same_shape(tensor, like) && tensor->buffer &&
+                    ds4_mtp_same_memory(ggml_backend_buffer_get_type(tensor->buffer), buft)) {
+                return tensor;
+            }
+        }
+    }
+    return nullptr;
 }
 
 extern "C" {
@@ -85,6 +119,16 @@ int32_t ds4_mtp_decode(llama_context * ctx, llama_batch batch) {
 
 const char * ds4_mtp_lost(const llama_model * model) {
     return model->lost();
+}
+
+llama_model * ds4_mtp_load_head(
+        const char * path, llama_model_params params, const llama_model * target, const char * const * shared) {
+    struct until_loaded {
+        ~until_loaded() { ds4_mtp_target = nullptr; }
+    } guard;
+    ds4_mtp_target = target;
+    ds4_mtp_shared = shared;
+    return llama_model_load_from_file(path, params);
 }
 
 bool ds4_mtp_set_hidden(llama_context * ctx, int32_t mode) {

@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 // Raised when a declaration below changes in a way that an older binding would misread.
-#define DS4_MTP_ABI 8
+#define DS4_MTP_ABI 10
 
 LLAMA_API int32_t      ds4_mtp_abi(void);
 // A hash over this patch set (its diffs and sources), for reports and for telling stale builds.
@@ -74,6 +74,13 @@ LLAMA_API bool ds4_mtp_set_head_offset(struct llama_context * ctx, int32_t offse
 // Width of the sliding attention window of the model's NextN blocks; 0 where it has none. (llama_model_n_swa says 0 for
 // DeepSeek-V4, because it answers another question: how far back a context's memory can be cut.)
 LLAMA_API int32_t ds4_mtp_window(const struct llama_model * model);
+
+// llama_model_load_from_file for a head that is read beside its target, with two differences: of the tensors in `shared` (a
+// list of names that ends with null) it takes the target's own where they are of the same type and shape and lie in the same
+// kind of memory as its own would, and it does not load the texts of its tokens, only how many there are. The caller vouches
+// for it that those tensors are the same, byte for byte. The target must outlive the head.
+LLAMA_API struct llama_model * ds4_mtp_load_head(const char * path, struct llama_model_params params,
+                                                 const struct llama_model * target, const char * const * shared);
 
 enum ds4_mtp_rollback {
     DS4_MTP_ROLLBACK_NONE   = 0, // none, and a text is not evaluated from its beginning to its end

@@ -319,7 +319,7 @@ def test_memory_refused_for_the_head_leaves_a_plain_llama(
                 lambda model, params: None if params.n_rs_seq else create(model, params),
             )
         else:
-            name = {"the model": "llama_model_load_from_file", "a context": "llama_init_from_model"}[what]
+            name = {"the model": "ds4_mtp_load_head", "a context": "llama_init_from_model"}[what]
             patch.setattr(engine.Library, "lib", property(lambda _: Refusing(lib, name)), raising=False)
         draft = MtpDraft(files.mtp, num_pred_tokens=2)
         with pytest.warns(RuntimeWarning, match="no speculation: the engine could not") as caught:
@@ -510,9 +510,10 @@ def test_what_an_app_has_cut_off_is_not_evaluated_again(
     assert go_on(llm) == go_on(fresh)
 
 
+@pytest.mark.parametrize("saved", [False, True])
 @pytest.mark.parametrize("where", ["verify", "rollback"])
 def test_rows_that_only_the_app_knows_are_not_made_up(
-    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, where: str
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, where: str, saved: bool
 ) -> None:
     """A picture's rows have no tokens: where the engine lost them, an error says so, and the next prompt is right."""
     files = plant(acceptance=0.3)
@@ -524,6 +525,10 @@ def test_rows_that_only_the_app_knows_are_not_made_up(
     llama_cpp.llama_decode(llm.ctx, batch.batch)
     llm.n_tokens = 7
     llm.eval([320])
+    if saved:
+        state = llm.save_state()
+        llm.reset()
+        llm.load_state(state)
 
     def refused(*_: object) -> bool:
         if where == "verify":

@@ -53,6 +53,9 @@ def test_a_state_brings_its_batches_along() -> None:
     other.load(3, None)
     assert list(other.batches()) == [(0, 3)]
     assert saved == [(2, 9)]
+    for known, found in ((7, 7), (11, 11), (20, 11)):  # less than it holds: rows of an image; more: the app has cut it
+        other.load(11, saved, known)
+        assert other.known == found
 
 
 def test_only_a_normal_exit_makes_it_sure() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from vendor import declarations
 from vendor import fetch as vendor
 from vendor.fetch import FetchError, Pin, fetch
 
@@ -221,3 +222,9 @@ def test_the_host_that_we_depend_on_is_the_pinned_one() -> None:
     project = tomllib.loads((vendor.HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     pin = vendor.read_pin()
     assert f"{pin.name}=={pin.version}" in project["dependencies"]
+
+
+def test_the_declarations_are_compiled() -> None:
+    """A declaration that was added, and not compiled, would be missed where it is called."""
+    found = (declarations.ENGINE / f"{declarations.MODULE}.py").read_text(encoding="utf-8")
+    assert found == declarations.compiled(), "run python -m vendor.declarations"
