@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from llama_cpp import Llama
 
-from ds4_mtp_plugin import MtpDraft, NgramDraft, rpc
+from ds4_mtp_plugin import MtpDraft, NgramDraft, engine, host, rpc
 from ds4_mtp_plugin.draft import Draft
+from ds4_mtp_plugin.gguf import read_header
 from tests.fixtures.dspark_gguf import write_dspark
 from tests.fixtures.mtp_gguf import plant as plant_family
 from tests.fixtures.planted import BY_CONTEXT, TINY, Planted
@@ -69,6 +70,22 @@ def test_a_head_on_the_servers(over: Make, plant: Plant) -> None:
     files = plant(**BY_CONTEXT)
     draft = MtpDraft(files.mtp, num_pred_tokens=2, n_gpu_layers=-1)
     same(over(files.trunk), over(files.trunk, draft_model=draft), [300, 301], 60)
+
+
+def test_a_head_here_shares_what_is_here_alone(over: Make, llama: Make, plant: Plant) -> None:
+    """Its model's embedding is on this machine, its model's output on a server."""
+    files, library = plant(), engine.Library(host.library_path())
+    weights: list[int] = []
+    for make in (llama, over):
+        theirs = engine.Model.borrowed(library, make(files.trunk)._model.model, str(files.trunk))
+        options = {"target": theirs, "shared": ("token_embd.weight", "output.weight"), "load_mode": 0}
+        head = engine.Model(library, str(files.mtp), load_mtp=True, **options)
+        context = head.new_context(mtp=True, n_ctx=256)
+        weights.append(context.memory.weights)
+        context.close()
+        head.close()
+    n_output = read_header(str(files.mtp)).places["output.weight"].n_bytes
+    assert weights[1] - weights[0] == pytest.approx(n_output, rel=0.1)
 
 
 def test_a_dspark_head(over: Make, plant: Plant, tmp_path: Path) -> None:
