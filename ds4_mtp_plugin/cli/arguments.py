@@ -14,8 +14,8 @@ from typing import Any
 from llama_cpp import Llama
 
 from .. import gguf
-from .. import options as checks
 from ..draft import Draft, MtpDraft, NgramDraft
+from ..options import endpoint
 
 # Of a C int, which the engine takes.
 _MOST = 2**31 - 1
@@ -71,7 +71,7 @@ def real(low: float | None = None, high: float | None = None, *, above: float | 
 def endpoints(text: str) -> list[str]:
     """The type of an option: servers, separated by commas."""
     try:
-        return [checks.endpoint(each) for each in text.split(",")]
+        return [endpoint(each) for each in text.split(",")]
     except ValueError as err:
         raise argparse.ArgumentTypeError(str(err)) from None
 

@@ -131,9 +131,12 @@ class Library:
         return int(n[0]), why
 
     def rpc_function(self, name: str) -> _t.Any | None:
-        """A function of ggml-rpc.h, from the registry, as the backend may be a module; None where it was not built."""
-        reg = self.lib.ggml_backend_reg_by_name(b"RPC")
-        if reg == ffi.NULL:
+        """A function of ggml-rpc.h, from the registry, as the backend may be a module; None where it was not built.
+
+        None on Windows too, which does not look for ggml's functions behind libllama.
+        """
+        by_name = getattr(self.lib, "ggml_backend_reg_by_name", None)
+        if by_name is None or (reg := by_name(b"RPC")) == ffi.NULL:
             return None
         return ffi.cast(f"{name}_t", self.lib.ggml_backend_reg_get_proc_address(reg, name.encode()))
 

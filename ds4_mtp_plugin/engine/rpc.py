@@ -127,7 +127,7 @@ def _function(library: Library, name: str) -> _t.Any:
     function = library.rpc_function(name)
     if function is None:
         raise EngineError(
-            f"the engine {library.path} was built without the RPC backend: build it with CMAKE_ARGS=-DGGML_RPC=ON"
+            f"the engine {library.path} has no RPC backend: build it with CMAKE_ARGS=-DGGML_RPC=ON (not on Windows)"
         )
     return function
 
