@@ -112,7 +112,7 @@ class Contest:
         if isinstance(prompt, str):
             assert self.field[0].llm is not None
             prompt = self.field[0].llm.tokenize(prompt.encode())
-        self._prompt = list(prompt)
+        self.prompt = list(prompt)
         self._turn = 0
 
     def round(self) -> None:
@@ -122,7 +122,7 @@ class Contest:
         for each in order:
             if each.error is None:
                 try:
-                    each.run(self._prompt, self._n, self._temperature)
+                    each.run(self.prompt, self._n, self._temperature)
                 except RuntimeError as err:
                     each.error = f"{type(err).__name__}: {err}"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.contest import Contender
-from ds4_mtp_plugin.engine import LIBRARY_DIR
+from ds4_mtp_plugin.host.library import folder
 
 BINARY = "DS4_LLAMA_SERVER"  # the environment variable that names it
 
@@ -22,21 +22,29 @@ BINARY = "DS4_LLAMA_SERVER"  # the environment variable that names it
 class ServerContender(Contender):
     """``llama-server``, at a depth above 0 with ``--spec-type`` `spec`; the same model files and options as a Llama.
 
-    `head`: None for the one in the model's file.
+    `head`: None for the one in the model's file. `rpc`: where its layers lie, its head staying here.
 
     The server's own clock is taken: from the first token to the last, no HTTP.
     """
 
     def __init__(
-        self, name: str, head: Path | None, depth: int, n_gpu_layers: int, log: Path, spec: str = "draft-mtp"
+        self,
+        name: str,
+        head: Path | None,
+        depth: int,
+        n_gpu_layers: int,
+        log: Path,
+        spec: str = "draft-mtp",
+        rpc: str = "",
     ) -> None:
         super().__init__(name, dict)
         self._gpu = str(999 if n_gpu_layers < 0 else n_gpu_layers)
+        self._rpc = ["--rpc", rpc] if rpc else []
         self._draft: list[str] = []
         if depth:
             self._draft = ["--spec-type", spec, "--spec-draft-n-max", str(depth)]
             if head is not None:
-                self._draft += ["--spec-draft-model", str(head), "--spec-draft-ngl", self._gpu]
+                self._draft += ["--spec-draft-model", str(head), "--spec-draft-ngl", "0" if rpc else self._gpu]
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
         self._url = ""
@@ -48,13 +56,23 @@ class ServerContender(Contender):
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self._url = f"http://127.0.0.1:{port}"
-        command = [os.environ[BINARY], "--host", "127.0.0.1", "--port", str(port), "-m", str(trunk), *self._draft]
+        command = [
+            os.environ[BINARY],
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "-m",
+            str(trunk),
+            *self._rpc,
+            *self._draft,
+        ]
         command += ["-fa", "on" if options.get("flash_attn") else "off"]
         command += ["-ngl", self._gpu, "-c", str(options["n_ctx"]), "-np", "1", "--no-warmup", "--fit", "off"]
         if "n_threads" in options:
             command += ["-t", str(options["n_threads"]), "-tb", str(options["n_threads"])]
         # It has no libllama of its own.
-        libraries = ":".join([str(LIBRARY_DIR), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
+        libraries = ":".join([str(folder()), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
         env = {**os.environ, "LD_LIBRARY_PATH": libraries}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)

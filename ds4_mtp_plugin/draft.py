@@ -156,7 +156,8 @@ class MtpDraft(Draft):
                 none. They are kept for models on the CPU, where `n_batch` is a multiple of 256, without logits_all and
                 swa_full=False.
             n_gpu_layers: layers of the head on the GPU, -1 all; None as the target's, which holds for a head in its
-                file.
+                file. Where the target has layers on servers (RPC), a head of its own file has some there only if
+                this is a number.
             n_threads: threads for single-row decodes of the head; 1 to 512, None as the target's.
             n_threads_batch: threads for decodes of more rows, likewise.
             report: print one line of statistics to stderr when the Llama is closed.

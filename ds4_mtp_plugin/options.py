@@ -1,4 +1,4 @@
-"""Checks of the options that an app passes: what is wrong is said with the draft's and the option's name."""
+"""Checks of what an app passes: what is wrong is said with its name and what was expected."""
 
 from __future__ import annotations
 
@@ -9,7 +9,21 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["flag", "integer", "path", "real"]
+__all__ = ["endpoint", "flag", "integer", "path", "real"]
+
+
+def endpoint(text: str) -> str:
+    """`text`, which the engine reads as a name or an IPv4 address and a port.
+
+    Raises:
+        ValueError: it is not "host:port".
+    """
+    host, _, port = text.rpartition(":")
+    if not host or ":" in host or not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+        raise ValueError(
+            f"RPC server {text!r}: expected host:port, with a name or an IPv4 address and a port from 1 to 65535"
+        )
+    return text
 
 
 def path(value: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> Path:

@@ -11,6 +11,8 @@ import math as _math
 import os as _os
 import typing as _t
 
+from . import options as _options
+
 
 @_dataclasses.dataclass(frozen=True)
 class Settings:
@@ -26,6 +28,8 @@ class Settings:
     log: bool = False
     # DS4_MTP_MIN_MARGIN: the margin gate; 0 turns it off.
     margin: float | None = None
+    # DS4_MTP_RPC_SERVERS: "host:port,...", whose devices every Llama gets (rpc.add_servers).
+    rpc_servers: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, env: _t.Mapping[str, str]) -> Settings:
@@ -46,6 +50,10 @@ class Settings:
                 margin = _math.nan
             if not margin >= 0:
                 raise ValueError(f"DS4_MTP_MIN_MARGIN is {given!r}, expected a number of 0 or more (0: no gate)")
+        try:
+            servers = tuple(map(_options.endpoint, filter(None, env.get("DS4_MTP_RPC_SERVERS", "").split(","))))
+        except ValueError as err:
+            raise ValueError(f"DS4_MTP_RPC_SERVERS: {err}") from None
         # DS4_MTP_CONTINUOUS is accepted and needs nothing: the continuous cycle is the only one here.
         return cls(
             disable=on("DS4_MTP_SPEC_DISABLE"),
@@ -53,6 +61,7 @@ class Settings:
             report=on("DS4_MTP_ACCEPT_REPORT"),
             log=on("DS4_MTP_SPEC_LOG"),
             margin=margin,
+            rpc_servers=servers,
         )
 
 

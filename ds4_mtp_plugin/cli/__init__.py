@@ -19,7 +19,7 @@ __all__ = ["EXIT_DIFFERS", "EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_OK", "EXIT_P
 
 # These work where the rest of the package does not.
 _MENDING = ("doctor", "install-engine")
-_VERBS = ("demo", "run", "bench", "serve", "verify", "convert", *_MENDING)
+_VERBS = ("demo", "run", "bench", "serve", "verify", "convert", "rpc-server", *_MENDING)
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_DIFFERS = 0, 1, 2, 3
 # 128 and the number of the signal, as a shell says it.

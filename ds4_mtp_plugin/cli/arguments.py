@@ -14,6 +14,7 @@ from typing import Any
 from llama_cpp import Llama
 
 from .. import gguf
+from .. import options as checks
 from ..draft import Draft, MtpDraft, NgramDraft
 
 # Of a C int, which the engine takes.
@@ -67,6 +68,17 @@ def real(low: float | None = None, high: float | None = None, *, above: float | 
     return parse
 
 
+def endpoints(text: str) -> list[str]:
+    """The type of an option: servers, separated by commas."""
+    try:
+        return [checks.endpoint(each) for each in text.split(",")]
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(str(err)) from None
+
+
+#: The type of an option: a number of threads.
+threads = integer(1, _MOST_THREADS)
+
 #: A prompt for those who have none at hand.
 EXAMPLE = "This module implements a number of functions that"
 
@@ -100,8 +112,32 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="GGUF of its MTP head; without it the head in the model's own file, and without that the text itself",
     )
     parser.add_argument(
-        "-ngl", "--n-gpu-layers", type=integer(-1), default=0, metavar="N", help="layers on the GPU, -1 all"
+        "-ngl",
+        "--n-gpu-layers",
+        type=integer(-1),
+        metavar="N",
+        help="layers on the GPU, or on the servers of --rpc; -1: all (default: 0, with --rpc all)",
     )
+    add_servers(parser)
+
+
+def add_servers(parser: argparse.ArgumentParser) -> None:
+    """--rpc."""
+    parser.add_argument(
+        "--rpc",
+        type=endpoints,
+        default=[],
+        metavar="HOST:PORT,...",
+        help="machines that take layers, each with 'ds4-mtp rpc-server' running",
+    )
+
+
+def n_gpu_layers(args: argparse.Namespace) -> int:
+    """What -ngl says, or --rpc by being there; 0 where a verb has neither."""
+    given: int | None = getattr(args, "n_gpu_layers", None)
+    if given is not None:
+        return given
+    return -1 if getattr(args, "rpc", []) else 0
 
 
 def draft(args: argparse.Namespace, **options: Any) -> Draft:
@@ -169,9 +205,7 @@ def add_generation(
         metavar="N",
         help="length of the context; 0: the model's own (default %(default)s)",
     )
-    parser.add_argument(
-        "-t", "--threads", type=integer(1, _MOST_THREADS), metavar="N", help="threads (default: the host's choice)"
-    )
+    parser.add_argument("-t", "--threads", type=threads, metavar="N", help="threads (default: the host's choice)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead, when all is done")
 
 

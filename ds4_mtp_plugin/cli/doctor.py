@@ -55,11 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="length of the context that memory is said for (default %(default)s)",
     )
 
+    parser.add_argument(
+        "--rpc", default="", metavar="HOST:PORT,...", help="servers to look for, beside those of DS4_MTP_RPC_SERVERS"
+    )
+
 
 def do(args: argparse.Namespace) -> int:
     if not 0 < args.ctx_size < 2**31:
         args.usage_error(f"-c {args.ctx_size}: expected a whole number, 1 or more")
-    wrong = [*_software(), *_environment(), *_decodes(), *_files(args.files, args.ctx_size)]
+    wrong = [*_software(), *_environment(), *_servers(args.rpc), *_decodes(), *_files(args.files, args.ctx_size)]
     print()
     for what in wrong:
         print(f"wrong: {what}")
@@ -170,6 +174,20 @@ def _environment() -> Iterator[str]:
     else:
         if settings.disable:
             print("speculation is off: DS4_MTP_SPEC_DISABLE is set")
+
+
+def _servers(named: str) -> Iterator[str]:
+    """Print the devices of RPC servers; yield those that are not there."""
+    if ds4_mtp_plugin.import_error is not None:
+        return
+    from .. import rpc
+
+    try:
+        rpc.add_servers(filter(None, named.split(",")))
+        for device in rpc.devices():
+            _say("server", f"{device.endpoint}, {device.name}: {_mb(device.free)} of {_mb(device.total)} MB free")
+    except (RuntimeError, ValueError) as err:
+        yield str(err)
 
 
 def _decodes() -> Iterator[str]:

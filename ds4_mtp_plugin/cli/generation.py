@@ -18,6 +18,7 @@ import jinja2
 import llama_cpp
 from llama_cpp import Llama
 
+from .. import rpc
 from ..draft import Draft
 from ..stats import MtpStats
 from . import arguments
@@ -60,12 +61,15 @@ class Generation:
 @contextlib.contextmanager
 def load(model_path: str, draft: Draft | None, args: argparse.Namespace) -> Iterator[Llama]:
     """A Llama that is closed again."""
+    if servers := getattr(args, "rpc", []):
+        with progress(f"looking for {', '.join(servers)}"):
+            rpc.add_servers(servers)
     with progress(f"loading {model_path}"):
         llm = Llama(
             model_path,
             draft_model=draft,
             n_ctx=args.ctx_size,
-            n_gpu_layers=getattr(args, "n_gpu_layers", 0),
+            n_gpu_layers=arguments.n_gpu_layers(args),
             n_threads=args.threads,
             n_threads_batch=args.threads,
             verbose=False,

@@ -14,6 +14,7 @@ import signal
 import sys
 from typing import Any
 
+from .. import rpc
 from . import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, arguments
 
 HELP = "an HTTP server with OpenAI's interface (llama_cpp.server) and MTP heads"
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="drafts per cycle (default: 0 to 3, by what is measured)",
     )
+    arguments.add_servers(parser)
     parser.set_defaults(rest=[])
 
 
@@ -52,7 +54,10 @@ def do(args: argparse.Namespace) -> int:
     from ..host import server  # noqa: F401  from here on the server's settings name heads
 
     main: Any = importlib.import_module("llama_cpp.server.__main__")
+    rpc.add_servers(args.rpc)
     given = {"model": args.model, "draft_model": head, "draft_model_num_pred_tokens": args.num_pred_tokens}
+    if args.rpc and args.model:
+        given["n_gpu_layers"] = -1  # one that follows counts
     options = [f"--{name}={value}" for name, value in given.items() if value is not None]
     sys.argv = ["ds4-mtp serve", *options, *args.rest]
     # The server ends by the signal that it got; this one would leave no time to close a model.

@@ -14,11 +14,24 @@ from .context import (
     Memory,
     Model,
     NoSuchRow,
+    ServerLost,
+    naming_servers,
 )
-from .library import ABI, LIBRARY_DIR, ROLLBACK_ANY, ROLLBACK_COPIES, ROLLBACK_RECENT, ROLLBACK_SAVED, Library, ffi
+from .library import (
+    ABI,
+    ANY_ROWS,
+    LIBRARY_DIR,
+    ROLLBACK_ANY,
+    ROLLBACK_COPIES,
+    ROLLBACK_RECENT,
+    ROLLBACK_SAVED,
+    Library,
+    ffi,
+)
 
 __all__ = [
     "ABI",
+    "ANY_ROWS",
     "HIDDEN_ALL",
     "HIDDEN_OFF",
     "HIDDEN_OUTPUTS",
@@ -38,5 +51,7 @@ __all__ = [
     "Memory",
     "Model",
     "NoSuchRow",
+    "ServerLost",
     "ffi",
+    "naming_servers",
 ]

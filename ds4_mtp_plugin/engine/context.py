@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,6 +41,14 @@ class DecodeError(EngineError):
         self.code = code
 
 
+class ServerLost(EngineError):
+    """A server (RPC) that holds a part of a model is lost; the message names it and says how.
+
+    It could not be reached, closed the connection, was silent for too long, or is no such server. What lay there is
+    gone: the model's contexts are empty and of no use, and all that helps is to make them, and the model, anew.
+    """
+
+
 class NoSuchRow(EngineError, IndexError):
     """The last decode kept no such row."""
 
@@ -52,6 +61,19 @@ class DecodeAborted(RuntimeError):
 
     def __init__(self) -> None:
         super().__init__(f"llama_decode returned {_ABORTED}")
+
+
+@contextlib.contextmanager
+def naming_servers(library: Library) -> Iterator[None]:
+    """What fails inside because a server is lost, or not there, raises `ServerLost`."""
+    before, _ = library.losses()
+    try:
+        yield
+    except (EngineError, RuntimeError, ValueError) as err:
+        n, why = library.losses()
+        if n == before or isinstance(err, ServerLost):
+            raise
+        raise ServerLost(why) from err
 
 
 @dataclass(frozen=True)
@@ -107,6 +129,7 @@ class Model:
 
         Raises:
             EngineError: the engine could not load the file.
+            ServerLost: because of a server.
         """
         p = library.lib.llama_model_default_params()
         if like is not None:
@@ -122,14 +145,15 @@ class Model:
         self.path = path
         self._target = target
         self._ptr: Any
-        if target is None:
-            self._ptr = library.lib.llama_model_load_from_file(os.fsencode(path), p)
-        else:
-            names = [ffi.new("char[]", name.encode()) for name in shared]
-            listed = ffi.new("char *[]", [*names, ffi.NULL])
-            self._ptr = library.lib.ds4_mtp_load_head(os.fsencode(path), p, target._ptr, listed)
-        if self._ptr == ffi.NULL:
-            raise EngineError(f"the engine could not load the model {path} (its log on stderr says why)")
+        with naming_servers(library):
+            if target is None:
+                self._ptr = library.lib.llama_model_load_from_file(os.fsencode(path), p)
+            else:
+                names = [ffi.new("char[]", name.encode()) for name in shared]
+                listed = ffi.new("char *[]", [*names, ffi.NULL])
+                self._ptr = library.lib.ds4_mtp_load_head(os.fsencode(path), p, target._ptr, listed)
+            if self._ptr == ffi.NULL:
+                raise EngineError(f"the engine could not load the model {path} (its log on stderr says why)")
 
     @classmethod
     def borrowed(cls, library: Library, ptr: Any, path: str) -> Model:
@@ -162,6 +186,7 @@ class Model:
 
         Raises:
             EngineError: the engine could not create it.
+            ServerLost: because of a server.
         """
         lib = self._library.lib
         p = lib.llama_context_default_params()
@@ -173,9 +198,12 @@ class Model:
             p.ctx_type = _CONTEXT_TYPE_MTP
         for name, value in params.items():
             setattr(p, name, value)
-        ptr = lib.llama_init_from_model(self._ptr, p)
-        if ptr == ffi.NULL:
-            raise EngineError(f"the engine could not create a context for {self.path} (its log on stderr says why)")
+        with naming_servers(self._library):
+            ptr = lib.llama_init_from_model(self._ptr, p)
+            if ptr == ffi.NULL:
+                if (why := self._library.lost(self._ptr)) is not None:
+                    raise ServerLost(why)
+                raise EngineError(f"the engine could not create a context for {self.path} (its log on stderr says why)")
         return Context(self._library, ptr, owned=True, tokens_of=self._target)
 
 
@@ -195,6 +223,7 @@ class Context:
         Args:
             tokens_of: the model that knows the tokens, where that is not the context's own.
         """
+        self._library = library
         self._lib = library.lib
         self._ptr = ffi.cast("struct llama_context *", ptr)
         self._owned = owned
@@ -252,13 +281,23 @@ class Context:
 
         Raises:
             DecodeError: the engine refused or failed; the memory of the batch's sequence is then to be checked.
+            ServerLost: it failed for good.
             DecodeAborted: the context's abort callback ended it; the same holds for the memory.
         """
         code = int(self._lib.ds4_mtp_decode(self._ptr, batch.struct[0]))
         if code == _ABORTED:
             raise DecodeAborted
         if code != 0:
+            self.check_servers()
             raise DecodeError(f"decoding {batch.struct.n_tokens} tokens", code)
+
+    def check_servers(self) -> None:
+        """
+        Raises:
+            ServerLost: one that holds a part of the model is lost, as far as is known: it is not asked.
+        """
+        if (why := self._library.lost(self._model)) is not None:
+            raise ServerLost(why)
 
     def wait(self) -> None:
         """Until the last decode is done: on a GPU `decode` returns before."""

@@ -33,8 +33,8 @@ ffi: _t.Any = _ffi
 # enum ds4_mtp_rollback
 ROLLBACK_RECENT, ROLLBACK_ANY, ROLLBACK_SAVED, ROLLBACK_COPIES = 1, 2, 3, 4
 
-# INT32_MAX: ds4_mtp_gpu_rows where there is no GPU.
-_ANY_ROWS = 2**31 - 1
+#: INT32_MAX: as many rows as a CPU computes each as if it were alone, which are all that are ever verified.
+ANY_ROWS = 2**31 - 1
 
 # enum ds4_mtp_struct: every struct that crosses the interface by value.
 _BY_VALUE = ("struct llama_model_params", "struct llama_context_params", "llama_batch")
@@ -102,7 +102,7 @@ class Library:
     @property
     def has_gpu(self) -> bool:
         """Whether a backend has found a GPU."""
-        return self.gpu_rows != _ANY_ROWS
+        return self.gpu_rows != ANY_ROWS
 
     def rollback(self, model: _t.Any) -> int:
         """Which rows the memory of a model's contexts can take back: a ROLLBACK_ constant, or 0 for none.
@@ -111,6 +111,31 @@ class Library:
             model: a pointer or an address.
         """
         return int(self.lib.ds4_mtp_rollback(ffi.cast("struct llama_model *", model)))
+
+    def lost(self, model: _t.Any) -> str | None:
+        """Why a server (RPC) that holds a part of a model is lost, named; None while none is.
+
+        Args:
+            model: a pointer or an address.
+        """
+        why = self.lib.ds4_mtp_lost(ffi.cast("struct llama_model *", model))
+        return None if why == ffi.NULL else str(ffi.string(why).decode())
+
+    def losses(self) -> tuple[int, str]:
+        """How often a server (RPC) was lost or could not be reached in this process, and why the last time."""
+        function = self.rpc_function("ggml_backend_rpc_last_loss")
+        if function is None:
+            return 0, ""
+        n = ffi.new("uint64_t *")
+        why = str(ffi.string(function(n)).decode())
+        return int(n[0]), why
+
+    def rpc_function(self, name: str) -> _t.Any | None:
+        """A function of ggml-rpc.h, from the registry, as the backend may be a module; None where it was not built."""
+        reg = self.lib.ggml_backend_reg_by_name(b"RPC")
+        if reg == ffi.NULL:
+            return None
+        return ffi.cast(f"{name}_t", self.lib.ggml_backend_reg_get_proc_address(reg, name.encode()))
 
     @property
     def compiler(self) -> str:

@@ -37,6 +37,7 @@ class ModelParams(Protocol):
 
     n_gpu_layers: int
     load_mtp: bool
+    devices: int | None  # an address
     kv_overrides: Any  # a ctypes pointer
 
 

@@ -18,6 +18,7 @@ import llama_cpp
 
 from ..draft import MAX_PRED_TOKENS, Draft, MtpDraft, gate, in_use
 from ..engine import (
+    ANY_ROWS,
     HIDDEN_OFF,
     ROLLBACK_COPIES,
     ROLLBACK_RECENT,
@@ -43,6 +44,7 @@ from ..speculation import (
     NoDrafter,
     NominalDepth,
 )
+from . import servers
 from .checkpoints import Checkpoints
 from .contract import ContextParams, Llama
 from .library import current as library
@@ -256,18 +258,16 @@ def _why_not_exact(n_gpu_layers: int, n_rows: int, caches: AbstractSet[int], *, 
     machine = platform.machine().lower()
     if machine not in ("x86_64", "amd64"):
         return f"it was tested on no CPU of this kind ({machine}), on x86-64 alone"
-    if not llama_cpp.llama_supports_gpu_offload():
-        return None
-    if _on_gpu(n_gpu_layers):
-        where = f"layers are on a GPU (n_gpu_layers={n_gpu_layers})"
-        rows = library().gpu_rows
+    rows = servers.rows(n_gpu_layers)
+    if rows != ANY_ROWS:
+        where = f"layers are on {'a server' if servers.current() else 'a GPU'} (n_gpu_layers={n_gpu_layers})"
         if rows == 0:
             return f"{where} of a kind on which it was not tested"
         if n_rows > rows:
             return f"{where}, where {rows} rows are computed as if each were alone: num_pred_tokens={rows - 1} at most"
         if caches - {llama_cpp.GGML_TYPE_F16}:
             return f"{where}, where it holds for a cache of F16 alone (type_k, type_v)"
-    if "GGML_OP_OFFLOAD_MIN_BATCH" in os.environ:
+    if library().has_gpu and "GGML_OP_OFFLOAD_MIN_BATCH" in os.environ:
         return "GGML_OP_OFFLOAD_MIN_BATCH is set, by which a verify may go to a GPU where a single row does not"
     return None
 
@@ -320,7 +320,7 @@ def _open(llama: Llama, draft: Draft, *, tested: bool, n_heads: int) -> Session 
     why_not = _why_not_exact(n_gpu_layers, n_rows, caches, tested=tested)
     exact = why_not is None
     if on_gpu and exact:
-        of_text = min(of_text, library().gpu_rows - 1)
+        of_text = min(of_text, servers.rows(n_gpu_layers) - 1)
     with ExitStack() as on_error:
         try:
             drafter = _open_drafter(llama, draft, target, on_error, of_head=of_head, of_text=of_text, n_heads=n_heads)
@@ -458,7 +458,11 @@ def _model_of_head(llama: Llama, draft: MtpDraft) -> Model:
     """
     if draft.model_path is None:
         return Model.borrowed(library(), llama._model.model, llama.model_path)
-    placed = {} if draft.n_gpu_layers is None else {"n_gpu_layers": _n_gpu_layers(draft.n_gpu_layers)}
+    if draft.n_gpu_layers is None:
+        # A DSpark head computes with its model's output, where that lies.
+        placed = servers.for_head(llama.model_params.n_gpu_layers, there=draft.of_block > 0)
+    else:
+        placed = {"n_gpu_layers": _n_gpu_layers(draft.n_gpu_layers)} | servers.for_head(draft.n_gpu_layers, there=True)
     # The Llama's overrides of metadata are the head's too: what it is told of its trunk's shape.
     overrides = ctypes.cast(llama.model_params.kv_overrides, ctypes.c_void_p).value or 0
     return Model(
@@ -476,7 +480,8 @@ def _model_of_head(llama: Llama, draft: MtpDraft) -> Model:
 
 
 def _on_gpu(n_gpu_layers: int) -> bool:
-    return n_gpu_layers != 0 and bool(llama_cpp.llama_supports_gpu_offload())
+    """Whether layers are computed otherwise than by this CPU's kernels: by a GPU, or by a server that has others."""
+    return servers.rows(n_gpu_layers) != ANY_ROWS
 
 
 def _bytes(structure: Any) -> bytes:

@@ -343,6 +343,7 @@ class Session:
             try:
                 drafts = self._spec.draft(_SEQ, n_past, token, n_max, depth.more)
             except _FAILURES as err:
+                self._spec.target.check_servers()
                 self._give_up(f"drafting failed: {err}")
                 return False
             if not drafts:
@@ -359,6 +360,7 @@ class Session:
                 self._verify = self._spec.verify(_SEQ, n_past, token, drafts, ready=n_ready > 0)
                 self._commit(llama, token, self._verify)
         except _FAILURES as err:
+            self._spec.target.check_servers()  # without the model there is no plain decoding either
             self._give_up(f"verifying failed: {err}")
             return False
         depth.decoded(len(drafts) + 1, time.perf_counter() - t0)

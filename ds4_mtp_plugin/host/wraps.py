@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import llama_cpp
 from llama_cpp import _ctypes_extensions, _internals
-from llama_cpp.llama_cpp import llama_memory_seq_pos_max
+from llama_cpp.llama_cpp import llama_get_model, llama_memory_seq_pos_max
 
 from ..draft import Draft
-from . import library
+from ..engine import ServerLost, naming_servers
+from . import library, servers
 from .contract import Context, Llama, Model
 from .opening import admit, depth_in_scope, head_in_scope, refuse_embeddings
 from .session import Session
@@ -129,16 +130,22 @@ def reset(host: _Host, llama: Llama) -> None:
 
 def save_state(host: _Host, llama: Llama) -> Any:
     session = session_of(llama)
-    return host(llama) if session is None else session.save_state(functools.partial(host, llama))
+    state = host(llama) if session is None else session.save_state(functools.partial(host, llama))
+    _check_servers(llama._ctx)  # the host takes an empty state for one
+    return state
 
 
 def load_state(host: _Host, llama: Llama, *args: object, **kwargs: object) -> None:
     session = session_of(llama)
     state = _only("state", args, kwargs)
-    if session is None or state is _NOT_ONE:
-        host(llama, *args, **kwargs)
-    else:
-        session.load_state(llama, functools.partial(host, llama), state)
+    try:
+        if session is None or state is _NOT_ONE:
+            host(llama, *args, **kwargs)
+        else:
+            session.load_state(llama, functools.partial(host, llama), state)
+    except RuntimeError:
+        _check_servers(llama._ctx)
+        raise
 
 
 _NOT_ONE: Any = object()
@@ -181,23 +188,25 @@ class DraftModel:
 def model_init(host: _Host, model: Model, *, path_model: str, params: Any, verbose: bool = True) -> None:
     if head_in_scope():
         params.load_mtp = True
-    host(model, path_model=path_model, params=params, verbose=verbose)
+    with servers.place(params), naming_servers(library.current()):
+        host(model, path_model=path_model, params=params, verbose=verbose)
 
 
 def context_init(host: _Host, context: Context, *, model: Model, params: Any, verbose: bool = True) -> None:
     n_rs_seq = depth_in_scope(model.model, params)
-    if n_rs_seq is None:
-        host(context, model=model, params=params, verbose=verbose)
-    else:
-        params.n_rs_seq = n_rs_seq
-        try:
+    with naming_servers(library.current()):
+        if n_rs_seq is None:
             host(context, model=model, params=params, verbose=verbose)
-        except ValueError:
-            if not params.n_rs_seq:
-                raise
-            params.n_rs_seq = 0  # perhaps there is memory for the context, if not for longer rings
-            host(context, model=model, params=params, verbose=verbose)
-        _fields(context)[_ROLLS_BACK] = True
+        else:
+            params.n_rs_seq = n_rs_seq
+            try:
+                host(context, model=model, params=params, verbose=verbose)
+            except ValueError:
+                if not params.n_rs_seq:
+                    raise
+                params.n_rs_seq = 0  # perhaps there is memory for the context, if not for longer rings
+                host(context, model=model, params=params, verbose=verbose)
+            _fields(context)[_ROLLS_BACK] = True
     if params.embeddings and (why := refuse_embeddings(model.model)):
         _fields(context)[_REFUSAL] = why
 
@@ -207,7 +216,28 @@ def decode(host: _Host, context: Context, batch: object) -> None:
         raise RuntimeError(why)
     if (session := session_of(context)) is not None:
         session.overtake()
-    host(context, batch)
+    try:
+        host(context, batch)
+    except RuntimeError:
+        _check_servers(context)
+        raise
+
+
+def encode(host: _Host, context: Context, batch: object) -> None:
+    try:
+        settled(host, context, batch)
+    except RuntimeError:
+        _check_servers(context)
+        raise
+
+
+def _check_servers(context: Context) -> None:
+    """
+    Raises:
+        ServerLost: one that holds a part of the context's model is lost.
+    """
+    if context.ctx is not None and (why := library.current().lost(llama_get_model(context.ctx))) is not None:
+        raise ServerLost(why)
 
 
 def settled(host: _Host, context: Context, *args: object, **kwargs: object) -> Any:
@@ -299,7 +329,7 @@ _TABLE = (
     _Wrap(_Model, "__init__", model_init),
     _Wrap(_Context, "__init__", context_init),
     _Wrap(_Context, "decode", decode),
-    _Wrap(_Context, "encode", settled),
+    _Wrap(_Context, "encode", encode),
     _Wrap(_Context, "kv_cache_clear", changed),
     _Wrap(_Context, "kv_cache_seq_rm", kv_cache_seq_rm),
     _Wrap(_Context, "kv_cache_seq_cp", changed),

@@ -117,6 +117,10 @@ int32_t ds4_mtp_decode(llama_context * ctx, llama_batch batch) {
     }
 }
 
+const char * ds4_mtp_lost(const llama_model * model) {
+    return model->lost();
+}
+
 llama_model * ds4_mtp_load_head(
         const char * path, llama_model_params params, const llama_model * target, const char * const * shared) {
     struct until_loaded {

@@ -38,6 +38,10 @@ LLAMA_API size_t ds4_mtp_sizeof(int32_t which);
 #define DS4_MTP_DECODE_THREW (-1000)
 LLAMA_API int32_t ds4_mtp_decode(struct llama_context * ctx, struct llama_batch batch);
 
+// Why a server (RPC) that holds a part of the model is lost; null while none is. Every decode, load and save of a state of
+// the model's contexts fails from then on, and their memory is empty after the first. Lives as long as the model.
+LLAMA_API const char * ds4_mtp_lost(const struct llama_model * model);
+
 // NextN hidden rows: the hyper-connection streams before the head, one row of llama_model_n_embd_out floats a token.
 enum ds4_mtp_hidden {
     DS4_MTP_HIDDEN_OFF     = 0,

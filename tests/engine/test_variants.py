@@ -61,7 +61,7 @@ def test_another_is_loaded_where_it_is_all_there_is(tmp_path: Path) -> None:
     engine = engine_with(tmp_path / "engine", "x64")
     for path in MODULES.values():
         shutil.copy(path, tmp_path)
-    assert python("-c", CODE, engine=engine, cwd=tmp_path).stdout == "{'cpu-x64': True}\n"
+    assert "'cpu-x64': True" in python("-c", CODE, engine=engine, cwd=tmp_path).stdout
 
 
 def test_they_are_there_before_the_engine_is_started() -> None:

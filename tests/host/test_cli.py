@@ -132,6 +132,7 @@ def test_a_wrong_command_line_is_exit_status_2(argv: list[str], capsys: pytest.C
         ["bench", "--help"],
         ["verify", "--help"],
         ["convert", "--help"],
+        ["rpc-server", "--help"],
         ["--version"],
     ],
 )

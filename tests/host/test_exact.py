@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import pytest
 from llama_cpp import Llama, LogitsProcessorList
@@ -36,7 +35,6 @@ def test_on_the_cpu_it_is_promised(llama: Make, plant: Plant, exact: bool | None
 
 def a_gpu(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """As if there were one that computes as many rows as if each were alone."""
-    monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
     monkeypatch.setattr(engine.Library, "gpu_rows", property(lambda library: rows))
 
 
@@ -99,7 +97,7 @@ def test_a_verify_that_may_go_to_a_gpu_is_refused(llama: Make, plant: Plant, mon
     files = plant(acceptance=1.0)
     monkeypatch.setenv("GGML_OP_OFFLOAD_MIN_BATCH", "2")
     assert llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=2, exact=True)).draft_model.stats.exact
-    monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda: True)
+    a_gpu(monkeypatch, rows=5)
     with pytest.raises(ValueError, match="cannot be promised here: GGML_OP_OFFLOAD_MIN_BATCH is set"):
         llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=2, exact=True))
 

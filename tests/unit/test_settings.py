@@ -18,6 +18,13 @@ def test_unset_empty_and_0_are_off() -> None:
     assert Settings.of({}) == Settings(disable=False, strict=False, report=False, log=False, margin=None)
 
 
+def test_servers_are_endpoints_separated_by_commas() -> None:
+    assert Settings.of({"DS4_MTP_RPC_SERVERS": "a:1,10.0.0.2:50052"}).rpc_servers == ("a:1", "10.0.0.2:50052")
+    assert Settings.of({"DS4_MTP_RPC_SERVERS": ""}).rpc_servers == ()
+    with pytest.raises(ValueError, match="DS4_MTP_RPC_SERVERS: RPC server 'a': expected host:port"):
+        Settings.of({"DS4_MTP_RPC_SERVERS": "b:1,a"})
+
+
 def test_anything_else_is_on() -> None:
     assert Settings.of({"DS4_MTP_SPEC_DISABLE": "1"}).disable
     assert Settings.of({"DS4_MTP_STRICT": "1"}).strict
