@@ -68,7 +68,7 @@ class Library:
             ) from err
         try:
             abi = int(self.lib.ds4_mtp_abi())
-        except AttributeError:
+        except (AttributeError, ffi.error):
             raise ImportError(
                 f"the llama.cpp library {path} does not carry the patches of ds4_mtp_plugin. One process can hold only "
                 "one llama.cpp: import ds4_mtp_plugin before llama_cpp (so that both use the library installed in "
@@ -135,8 +135,11 @@ class Library:
 
         None on Windows too, which does not look for ggml's functions behind libllama.
         """
-        by_name = getattr(self.lib, "ggml_backend_reg_by_name", None)
-        if by_name is None or (reg := by_name(b"RPC")) == ffi.NULL:
+        try:
+            reg = self.lib.ggml_backend_reg_by_name(b"RPC")
+        except ffi.error:
+            return None
+        if reg == ffi.NULL:
             return None
         return ffi.cast(f"{name}_t", self.lib.ggml_backend_reg_get_proc_address(reg, name.encode()))
 
