@@ -12,7 +12,7 @@ import typing as _t
 import cffi as _cffi
 
 # Must equal DS4_MTP_ABI of patches/src/ds4-mtp.h.
-ABI = 8
+ABI = 9
 
 
 def _library_dir() -> _pathlib.Path:

@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 // Raised when a declaration below changes in a way that an older binding would misread.
-#define DS4_MTP_ABI 8
+#define DS4_MTP_ABI 9
 
 LLAMA_API int32_t      ds4_mtp_abi(void);
 // A hash over this patch set (its diffs and sources), for reports and for telling stale builds.
