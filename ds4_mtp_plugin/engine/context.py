@@ -69,7 +69,7 @@ def naming_servers(library: Library) -> Iterator[None]:
     before, _ = library.losses()
     try:
         yield
-    except (EngineError, RuntimeError, ValueError) as err:
+    except (RuntimeError, ValueError) as err:
         n, why = library.losses()
         if n == before or isinstance(err, ServerLost):
             raise

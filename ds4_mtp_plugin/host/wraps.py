@@ -281,13 +281,13 @@ def get_logits_ith(host: _Host, context: Context, i: int) -> Any:
 
 
 def sampler_sample(host: _Host, sampler: object, ctx: Context, idx: int = -1) -> int:
+    _check_servers(ctx)  # without a row the engine asserts
     session = session_of(ctx)
     if session is None:
         return int(host(sampler, ctx, idx))
     session.check_open()
     row = session.output(idx)
-    if row is None:
-        # The engine asserts.
+    if row is None:  # the engine asserts here too
         raise IndexError(f"there is no row {idx}: the last token's is 0, or -1")
     return int(host(sampler, ctx, row))
 
