@@ -56,6 +56,23 @@ OPTIONS = (
     "-DCMAKE_MODULE_LINKER_FLAGS=-s",
 )
 
+#: zig takes clang's -march=armv8.2-a+fp16 for the name of a CPU; its own for the same is -mcpu=generic+v8_2a+fullfp16.
+#: All macros are the same then but __ARM_FEATURE_FP16_FML, of instructions for which there are no kernels.
+COMPILER = r"""#!/bin/sh
+# {version}
+for argument; do
+    shift
+    case $argument in
+        -march=armv*)
+            argument=$(echo "$argument" | sed 's/-march=arm\(v[0-9]*\)-a/-mcpu=generic+\1a/
+                s/-march=arm\(v[0-9]*\)\.\([0-9]*\)-a/-mcpu=generic+\1_\2a/
+                s/+fp16/+fullfp16/') ;;
+    esac
+    set -- "$@" "$argument"
+done
+exec zig {mode} -target {arch}-linux-gnu.{glibc} "$@"
+"""
+
 #: nvcc compiles with g++, whose own library goes in. NVIDIA's packages lie beside ours.
 CUDA_OPTIONS = (
     "-DCMAKE_CUDA_HOST_COMPILER=g++",
@@ -98,7 +115,7 @@ def compilers(arch: str, folder: Path) -> dict[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     for name, mode in (("clang", "cc"), ("clang++", "c++")):
         script = folder / name
-        script.write_text(f'#!/bin/sh\n# {version}\nexec zig {mode} -target {arch}-linux-gnu.{GLIBC} "$@"\n')
+        script.write_text(COMPILER.format(version=version, mode=mode, arch=arch, glibc=GLIBC))
         script.chmod(0o755)
     return {"CC": str(folder / "clang"), "CXX": str(folder / "clang++")}
 
