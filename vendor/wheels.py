@@ -140,8 +140,13 @@ def build(tools: Path, arch: str, *, cuda: bool, kinds: str, out: Path) -> Path:
 
 
 def audit(tools: Path, wheel: Path, arch: str, *, cuda: bool, out: Path) -> Path:
-    """The wheel in `out` under a tag that is true: GLIBC's, or, with CUDA, the one of what g++ linked."""
-    tag = "auto" if cuda else f"manylinux_{GLIBC.replace('.', '_')}_{arch}"
+    """The wheel in `out` under a tag that is true.
+
+    It is GLIBC's. With CUDA it is that of what g++ linked, and for another machine, whose tags auditwheel takes from
+    nobody, that of what zig linked.
+    """
+    of_glibc = f"manylinux_{GLIBC.replace('.', '_')}_{arch}"
+    tag = "auto" if cuda or arch != platform.machine() else of_glibc
     command = [tools / "auditwheel", "repair", f"--plat={tag}", "--only-plat", f"--wheel-dir={out}"]
     run([*command, *(f"--exclude={library}" for library in CUDA_LIBRARIES if cuda), wheel], environment(tools))
     return next(out.glob("*.whl"))
