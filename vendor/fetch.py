@@ -140,7 +140,8 @@ def fetch_sdist(pin: Pin, cache: Path = HERE / "cache") -> Path:
         return _download(pin, cache)
     sdist = Path(given)
     if not sdist.is_file():
-        raise FetchError(f"{SDIST_VARIABLE} names {sdist}, and no file is there: mend or unset it")
+        where = "" if sdist.is_absolute() else f", nor in {Path.cwd()}, where this build runs; give its whole path"
+        raise FetchError(f"{SDIST_VARIABLE} names {sdist}, and no file is there{where}: mend or unset it")
     _verify(sdist, pin, f"{SDIST_VARIABLE} names another file: get {pin.filename} anew or unset it")
     return sdist
 

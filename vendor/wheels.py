@@ -56,6 +56,23 @@ OPTIONS = (
     "-DCMAKE_MODULE_LINKER_FLAGS=-s",
 )
 
+#: zig takes clang's -march=armv8.2-a+fp16 for the name of a CPU; its own for the same is -mcpu=generic+v8_2a+fullfp16.
+#: All macros are the same then but __ARM_FEATURE_FP16_FML, of instructions for which there are no kernels.
+COMPILER = r"""#!/bin/sh
+# {version}
+for argument; do
+    shift
+    case $argument in
+        -march=armv*)
+            argument=$(echo "$argument" | sed 's/-march=arm\(v[0-9]*\)-a/-mcpu=generic+\1a/
+                s/-march=arm\(v[0-9]*\)\.\([0-9]*\)-a/-mcpu=generic+\1_\2a/
+                s/+fp16/+fullfp16/') ;;
+    esac
+    set -- "$@" "$argument"
+done
+exec zig {mode} -target {arch}-linux-gnu.{glibc} "$@"
+"""
+
 #: nvcc compiles with g++, whose own library goes in. NVIDIA's packages lie beside ours.
 CUDA_OPTIONS = (
     "-DCMAKE_CUDA_HOST_COMPILER=g++",
@@ -98,7 +115,7 @@ def compilers(arch: str, folder: Path) -> dict[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     for name, mode in (("clang", "cc"), ("clang++", "c++")):
         script = folder / name
-        script.write_text(f'#!/bin/sh\n# {version}\nexec zig {mode} -target {arch}-linux-gnu.{GLIBC} "$@"\n')
+        script.write_text(COMPILER.format(version=version, mode=mode, arch=arch, glibc=GLIBC))
         script.chmod(0o755)
     return {"CC": str(folder / "clang"), "CXX": str(folder / "clang++")}
 
@@ -123,8 +140,13 @@ def build(tools: Path, arch: str, *, cuda: bool, kinds: str, out: Path) -> Path:
 
 
 def audit(tools: Path, wheel: Path, arch: str, *, cuda: bool, out: Path) -> Path:
-    """The wheel in `out` under a tag that is true: GLIBC's, or, with CUDA, the one of what g++ linked."""
-    tag = "auto" if cuda else f"manylinux_{GLIBC.replace('.', '_')}_{arch}"
+    """The wheel in `out` under a tag that is true.
+
+    It is GLIBC's. With CUDA it is that of what g++ linked, and for another machine, whose tags auditwheel takes from
+    nobody, that of what zig linked.
+    """
+    of_glibc = f"manylinux_{GLIBC.replace('.', '_')}_{arch}"
+    tag = "auto" if cuda or arch != platform.machine() else of_glibc
     command = [tools / "auditwheel", "repair", f"--plat={tag}", "--only-plat", f"--wheel-dir={out}"]
     run([*command, *(f"--exclude={library}" for library in CUDA_LIBRARIES if cuda), wheel], environment(tools))
     return next(out.glob("*.whl"))

@@ -161,7 +161,7 @@ class Library:
         """
         self.lib.llama_print_system_info()  # the first question loads them
         paths = sorted(_pathlib.Path(self.path).parent.glob("libggml-*"))
-        names = {path: path.name.partition(".")[0].removeprefix("libggml-") for path in paths}
+        names = {path: path.stem.removeprefix("libggml-") for path in paths}
         return {name: _is_loaded(path) for path, name in names.items() if name != "base"}
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,3 +146,13 @@ def test_the_graph_picks_the_token_that_best_finds(
         context.close()
         context.close()
     model.close()
+
+
+def test_a_module_is_named_as_its_file_is(library: engine.Library, tmp_path: Path) -> None:
+    """Those for ARM have a point in their names: armv8.6_2."""
+    folder = shutil.copytree(Path(library.path).parent, tmp_path / "lib", ignore=shutil.ignore_patterns("converter"))
+    shutil.copy(next(folder.glob("libggml-base.*")), folder / f"libggml-cpu-armv8.6_2{Path(library.path).suffix}")
+    code = "from ds4_mtp_plugin import engine, host; print(engine.Library(host.library_path()).modules())"
+    env = {**os.environ, "LLAMA_CPP_LIB_PATH": str(folder)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "'cpu-armv8.6_2': False" in done.stdout, done.stderr

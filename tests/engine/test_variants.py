@@ -58,10 +58,11 @@ def test_one_is_loaded() -> None:
 
 def test_another_is_loaded_where_it_is_all_there_is(tmp_path: Path) -> None:
     """In the working directory are modules that suit this CPU better: of another build, for all the engine knows."""
-    engine = engine_with(tmp_path / "engine", "x64")
+    least = next(name for name in ("x64", "armv8.0_1") if name in MODULES)
+    engine = engine_with(tmp_path / "engine", least)
     for path in MODULES.values():
         shutil.copy(path, tmp_path)
-    assert "'cpu-x64': True" in python("-c", CODE, engine=engine, cwd=tmp_path).stdout
+    assert f"'cpu-{least}': True" in python("-c", CODE, engine=engine, cwd=tmp_path).stdout
 
 
 def test_they_are_there_before_the_engine_is_started() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -202,7 +203,15 @@ def test_the_command_fails_with_the_message(
 ) -> None:
     monkeypatch.setenv(vendor.SDIST_VARIABLE, str(tmp_path / "missing"))
     assert vendor.main(["--dest", str(tmp_path / "src")]) == 1
-    assert "mend or unset it" in capsys.readouterr().err
+    assert "no file is there: mend or unset it" in capsys.readouterr().err
+
+
+def test_a_path_from_elsewhere_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """pip builds in a folder of its own, so that the file beside which it was called is not found by its name alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(vendor.SDIST_VARIABLE, "missing.tar.gz")
+    with pytest.raises(FetchError, match=f"nor in {re.escape(str(tmp_path))}, .* give its whole path"):
+        fetch(tmp_path / "src")
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
