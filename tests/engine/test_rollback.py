@@ -146,22 +146,21 @@ def test_an_aborted_decode_leaves_nothing_behind(model: engine.Model, pending: b
     context, fresh = (model.new_context(n_ctx=256, n_rs_seq=4, n_threads=1, n_threads_batch=1) for _ in range(2))
     batch, calls = engine.Batch(64), 0
 
-    @engine.ffi.callback("bool(void *)")  # type: ignore[untyped-decorator]
+    @llama_cpp.llama_cpp.ggml_abort_callback
     def stop(_: object) -> bool:
         nonlocal calls
         calls += 1
         return calls > 200  # in the middle of the graph
 
-    engine.ffi.cdef("void llama_set_abort_callback(struct llama_context *, bool (*)(void *), void *);", override=True)
-    set_abort = engine.Library(host.library_path()).lib.llama_set_abort_callback
+    address = int(engine.ffi.cast("uintptr_t", context._ptr))
     context.decode(batch.set(TEXT[:40], 0, 0))
     if pending:
         assert context.seq_rm(0, 38)
     p = context.seq_pos_max(0) + 1
-    set_abort(context._ptr, stop, engine.ffi.NULL)
+    llama_cpp.llama_set_abort_callback(address, stop, None)
     with pytest.raises(engine.DecodeAborted, match="returned 2"):
         context.decode(batch.set(TEXT[p : p + 3], p, 0))
-    set_abort(context._ptr, engine.ffi.NULL, engine.ffi.NULL)
+    llama_cpp.llama_set_abort_callback(address, llama_cpp.llama_cpp.ggml_abort_callback(0), None)
     assert context.seq_pos_max(0) == -1
     for each in (context, fresh):
         each.decode(batch.set(TEXT[:p], 0, 0))
