@@ -22,7 +22,11 @@ from ds4_mtp_plugin.cli.prefix import ask
 
 @dataclasses.dataclass
 class Contender:
-    """A way to generate; `error` is set where it did not survive, and it takes no further part."""
+    """A way to generate; `error` is set where it did not survive, and it takes no further part.
+
+    Attributes:
+        stamps: of each run when its tokens came, in seconds behind the first.
+    """
 
     name: str
     options: Callable[[], dict[str, Any]]
@@ -31,6 +35,7 @@ class Contender:
     seconds: list[float] = dataclasses.field(default_factory=list)
     first: list[float] = dataclasses.field(default_factory=list)
     text: list[int] = dataclasses.field(default_factory=list)
+    stamps: list[list[float]] = dataclasses.field(default_factory=list)
 
     def load(self, trunk: Path, **options: Any) -> None:
         self.llm = Llama(str(trunk), verbose=False, **{**options, **self.options()})
@@ -41,16 +46,16 @@ class Contender:
         assert self.llm is not None
         self.llm.reset()  # type: ignore[no-untyped-call, unused-ignore]
         self.llm.set_seed(1)
-        self.text = []
-        start = t0 = time.perf_counter()
+        self.text, at = [], []
+        start = time.perf_counter()
         for token in self.llm.generate(prompt, temp=temperature):
-            if not self.text:
-                t0 = time.perf_counter()
+            at.append(time.perf_counter())
             self.text.append(token)
             if len(self.text) == n:
                 break
-        self.first.append(t0 - start)
-        self.seconds.append(time.perf_counter() - t0)
+        self.first.append(at[0] - start)
+        self.seconds.append(at[-1] - at[0])
+        self.stamps.append([t - at[0] for t in at])
 
     def continues(self, prompt: Sequence[int], n: int) -> tuple[float, list[int]]:
         """The host goes on from what it holds: seconds to the first token, and n greedy tokens."""
@@ -127,7 +132,10 @@ class Contest:
                     each.error = f"{type(err).__name__}: {err}"
 
     def results(self) -> dict[str, dict[str, Any]]:
-        """By contender: tokens a second (median), ratio to plain (median, least, greatest), the same text or not."""
+        """By contender: tokens a second (median), ratio to plain (median, least, greatest; of the best rounds), text.
+
+        `best` is least disturbed by what else the machine does, which only ever takes time.
+        """
         plain = self.field[0]
         table: dict[str, dict[str, Any]] = {}
         for each in self.field:
@@ -140,6 +148,7 @@ class Contest:
                 "ratio": statistics.median(ratios),
                 "least": ratios[0],
                 "greatest": ratios[-1],
+                "best": min(plain.seconds) / min(each.seconds),
                 "same_text": each.text == plain.text,
                 "first_token": statistics.median(f / p for p, f in zip(plain.first, each.first)),
             }
@@ -154,14 +163,15 @@ class Contest:
 def render(title: str, table: dict[str, dict[str, Any]]) -> str:
     lines = [
         title,
-        f"  {'':14} {'tok/s':>8} {'ratio':>6} {'(least, greatest)':>18} {'text':>6} {'first':>5}  accepted, cycle",
+        f"  {'':14} {'tok/s':>8} {'ratio':>6} {'(least, greatest)':>18} {'best':>5} {'text':>6} {'first':>5}"
+        "  accepted, cycle",
     ]
     for name, row in table.items():
         if "ratio" not in row:
             lines.append(f"  {name:14} did not survive: {row['did not survive']}")
             continue
         spread = f"({row['least']:.2f}, {row['greatest']:.2f})"
-        line = f"  {name:14} {row['tokens_per_s']:8.1f} {row['ratio']:6.2f} {spread:>18}"
+        line = f"  {name:14} {row['tokens_per_s']:8.1f} {row['ratio']:6.2f} {spread:>18} {row['best']:5.2f}"
         line += f" {'same' if row['same_text'] else 'OTHER':>6} {row['first_token']:5.2f}"
         if "accepted" in row:
             line += f"  {row['accepted']} {row['tokens_per_cycle']:.2f} tokens"

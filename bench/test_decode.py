@@ -193,6 +193,28 @@ def test_drafting_nothing(benchmark: Any, table: Callable[[str], None], director
     measure(benchmark, table, "planted, 500 MB of Q8_0, nothing to draft, 1000 tokens", contest)
 
 
+def test_a_stream_that_switches(benchmark: Any, table: Callable[[str], None], directory: Path) -> None:
+    """From drafts that are nearly all right to none, and back: beside whoever knew which depth each part wants."""
+    length, n_phases = 400, 4
+    files = planted(directory, config=BENCH, phases=(length, 0.9, 0.0), quant="Q8_0")
+    field = [each for each in contenders(files.mtp) if each.name.startswith(("plain", "automatic", "mtp"))]
+    options = {"n_ctx": length * n_phases + 64, **THREADS}
+    contest = Contest(files.trunk, field, files.cycle[:2].tolist(), length * n_phases - 2, **options)
+    measure(benchmark, table, f"planted, 500 MB of Q8_0, acceptance 0.9 and 0 in turns of {length} tokens", contest)
+
+    def seconds(each: Contender) -> Any:
+        """Median seconds of each phase, the last rounds' (the first was a warm-up)."""
+        ends = [0, *(length * (i + 1) - 3 for i in range(n_phases))]
+        return np.median([np.diff(np.take(at, ends)) for at in each.stamps[1:]], axis=0)
+
+    phases = {each.name: seconds(each) for each in field}
+    known = np.min([of for name, of in phases.items() if name != "automatic"], axis=0)
+    benchmark.extra_info["phases"] = {name: of.tolist() for name, of in phases.items()}
+    lines = [f"  {name:14} " + " ".join(f"{s:6.2f}" for s in of) for name, of in phases.items()]
+    share = known.sum() / phases["automatic"].sum()
+    table("\n".join(["seconds per phase", *lines, f"  the best of each over automatic: {share:.3f}"]))
+
+
 class TakenOff(Contender):
     """The app takes its draft off the Llama."""
 

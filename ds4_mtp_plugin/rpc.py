@@ -14,9 +14,10 @@ from .engine import rpc as _rpc
 from .engine.rpc import Device
 from .host import servers as _servers
 from .host.library import current as _library
+from .host.servers import OtherBuild
 from .settings import current as _settings
 
-__all__ = ["Device", "ServerLost", "add_servers", "devices", "remove_servers", "set_timeout"]
+__all__ = ["Device", "OtherBuild", "ServerLost", "add_servers", "devices", "remove_servers", "set_timeout"]
 
 
 def add_servers(endpoints: Iterable[str]) -> None:
@@ -26,8 +27,11 @@ def add_servers(endpoints: Iterable[str]) -> None:
 
     Raises:
         EngineError: a server offers nothing, or the engine was built without RPC.
-        ServerLost: a server cannot be reached, or is of another version.
+        ServerLost: a server cannot be reached, or speaks another version of the protocol.
         ValueError: an endpoint is not "host:port".
+
+    Warns:
+        OtherBuild: a server works, but its engine is of another build than this one.
     """
     if isinstance(endpoints, str):
         raise TypeError(f"add_servers: endpoints is {endpoints!r}, expected a list: add_servers([{endpoints!r}])")

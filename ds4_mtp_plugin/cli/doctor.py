@@ -17,6 +17,7 @@ import platform
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -176,18 +177,22 @@ def _environment() -> Iterator[str]:
             print("speculation is off: DS4_MTP_SPEC_DISABLE is set")
 
 
-def _servers(named: str) -> Iterator[str]:
-    """Print the devices of RPC servers; yield those that are not there."""
+def _servers(named: str) -> list[str]:
+    """Print the devices of RPC servers; what is wrong: those that are not there, or of another build."""
     if ds4_mtp_plugin.import_error is not None:
-        return
+        return []
     from .. import rpc
 
-    try:
-        rpc.add_servers(filter(None, named.split(",")))
-        for device in rpc.devices():
-            _say("server", f"{device.endpoint}, {device.name}: {_mb(device.free)} of {_mb(device.total)} MB free")
-    except (RuntimeError, ValueError) as err:
-        yield str(err)
+    wrong: list[str] = []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", rpc.OtherBuild)
+        try:
+            rpc.add_servers(filter(None, named.split(",")))
+            for device in rpc.devices():
+                _say("server", f"{device.endpoint}, {device.name}: {_mb(device.free)} of {_mb(device.total)} MB free")
+        except (RuntimeError, ValueError) as err:
+            wrong.append(str(err))
+    return [*wrong, *(str(each.message) for each in said)]
 
 
 def _decodes() -> Iterator[str]:

@@ -30,11 +30,13 @@ class Server:
         devices: pointers to its devices, which live as long as the process.
         rows: the most rows that it computes as if each were alone: ANY_ROWS for a CPU with our kernels, 0 where it
             promises nothing.
+        patchset: of its engine (`Library.patchset`), "" of one without our patches.
     """
 
     endpoint: str
     devices: tuple[_t.Any, ...]
     rows: int
+    patchset: str
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def connect(library: Library, endpoint: str) -> Server:
 
     Raises:
         EngineError: the engine has no RPC backend, or the server offers no device.
-        ServerLost: there is no server, or it is of another version.
+        ServerLost: there is no server, or it speaks another version of the protocol.
     """
     lib = library.lib
     with naming_servers(library):
@@ -70,8 +72,12 @@ def connect(library: Library, endpoint: str) -> Server:
         # The engine remembers devices, and the server may be gone since.
         if _function(library, "ggml_backend_rpc_unreachable")(devices[0]) != ffi.NULL:
             raise EngineError(f"the RPC server {endpoint} cannot be reached")
+        patchset = _function(library, "ds4_mtp_rpc_patchset")(devices[0])
+        if patchset == ffi.NULL:
+            raise EngineError(f"the RPC server {endpoint} was lost")
+        name = ffi.string(patchset).decode()
     rows = _function(library, "ds4_mtp_rpc_rows")
-    return Server(endpoint, devices, min(int(rows(device)) for device in devices))
+    return Server(endpoint, devices, min(int(rows(device)) for device in devices), name)
 
 
 def set_timeout(library: Library, seconds: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,22 +13,38 @@ from ..settings import current as settings
 from .contract import ModelParams
 from .library import current as library
 
-__all__ = ["add", "current", "for_head", "place", "remove", "rows"]
+__all__ = ["OtherBuild", "add", "current", "for_head", "place", "remove", "rows"]
 
 _servers: dict[str, rpc.Server] = {}
+
+
+class OtherBuild(RuntimeWarning):
+    """A server's engine is another build than this process's."""
 
 
 def add(endpoints: Iterable[str]) -> None:
     """
     Raises:
         EngineError: a server offers nothing, or the engine was built without RPC.
-        ServerLost: a server cannot be reached, or is of another version.
+        ServerLost: a server cannot be reached, or speaks another version of the protocol.
+
+    Warns:
+        OtherBuild: a server of another build works, but nothing was tried with it.
     """
+    ours = library().patchset
     for endpoint in (*settings().rpc_servers, *endpoints):
         if endpoint not in _servers:
             if (timeout := settings().rpc_timeout) is not None:
                 rpc.set_timeout(library(), timeout)
-            _servers[endpoint] = rpc.connect(library(), endpoint)
+            server = _servers[endpoint] = rpc.connect(library(), endpoint)
+            if server.patchset != ours:
+                build = f"with patch set {server.patchset}" if server.patchset else "without this package's patches"
+                warnings.warn(
+                    f"RPC server {endpoint}: its engine was built {build}, this side's with {ours}: install the same "
+                    "version of ds4-mtp-plugin on both machines",
+                    OtherBuild,
+                    stacklevel=3,
+                )
 
 
 def remove(endpoints: Iterable[str] | None) -> None:

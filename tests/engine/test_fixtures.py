@@ -163,6 +163,16 @@ def test_drafts_are_right_where_planned(
     assert not set(DECOYS) & set(model.walk)
 
 
+def test_drafts_are_right_in_every_other_phase(directory: Path, context: Callable[..., Context]) -> None:
+    model = planted(directory, phases=(40, 1.0, 0.0))
+    place = np.zeros(model.config.n_vocab, np.int64)
+    place[model.cycle] = np.arange(len(model.cycle))
+    for fed, logits in drafts(context(model.trunk), context(model.mtp, mtp=True), model, 2):
+        right = logits.argmax(1) == model.walk[fed]
+        assert right.tolist() == (place[fed] // 40 % 2 == 0).tolist()
+        assert right.any() and not right.all()
+
+
 def test_a_draft_needs_the_hidden_row_before_its_token(directory: Path, context: Callable[..., Context]) -> None:
     model = planted(directory)
     text = model.follow(int(model.cycle[0]), 300)

@@ -16,6 +16,9 @@ GRAPH_COMPUTE, HELLO, GRAPH_RECOMPUTE = 10, 14, 16
 #: What a proxy does at a request: it is given both sockets, and the request goes on where it returns True.
 Fault = Callable[[socket.socket, socket.socket], bool]
 
+#: What a proxy makes of an answer, or of a part of one.
+Edit = Callable[[bytes], bytes]
+
 
 def cut(client: socket.socket, server: socket.socket) -> bool:
     """The connection ends in the middle of the request."""
@@ -43,9 +46,10 @@ class Proxy:
         requests: of the clients so far, by their number in the protocol.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, edit: Edit = bytes) -> None:
         self.requests: list[int] = []
         self._server = port
+        self._edit = edit
         self._fault: tuple[Fault, frozenset[int], int] | None = None
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.endpoint = f"127.0.0.1:{self._listener.getsockname()[1]}"
@@ -96,7 +100,7 @@ class Proxy:
     def _answers(self, client: socket.socket, server: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := server.recv(1 << 16):
-                client.sendall(data)
+                client.sendall(self._edit(data))
         with contextlib.suppress(OSError):
             client.shutdown(socket.SHUT_RDWR)
 

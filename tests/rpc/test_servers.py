@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from llama_cpp import Llama
 
 from ds4_mtp_plugin import cli, rpc, settings
 from ds4_mtp_plugin.cli.demo import BASE, HEAD
+from ds4_mtp_plugin.host.library import current
 from tests.fixtures.planted import Planted
+from tests.rpc.proxy import Proxy
 from tests.rpc.servers import Server, environment, free_port
 
 
@@ -84,6 +87,25 @@ def test_doctor_lists_a_server_and_its_memory(capsys: pytest.CaptureFixture[str]
         assert cli.main(["doctor", "--rpc", server.endpoint]) == 0
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("server")]
     assert server.endpoint in line and "MB free" in line
+
+
+@pytest.mark.parametrize("build", ["with patch set 0123456789ab", "without this package's patches"])
+def test_a_server_of_another_build_is_named_and_works(
+    llama: Callable[..., Llama], plant: Callable[..., Planted], capsys: pytest.CaptureFixture[str], build: str
+) -> None:
+    def another(answer: bytes) -> bytes:
+        if build.startswith("with "):
+            return answer.replace(current().patchset.encode(), b"0123456789ab")
+        return re.sub(rb"(...)\xff(\0{24})", rb"\1\0\2", answer, flags=re.DOTALL)  # the greeting's answer
+
+    with Server() as server, Proxy(server.port, another) as proxy:
+        said = f"RPC server {proxy.endpoint}: its engine was built {build}, this side's with {current().patchset}"
+        assert cli.main(["doctor", "--rpc", proxy.endpoint]) == 1
+        assert f"wrong: {said}" in capsys.readouterr().out
+        rpc.remove_servers()
+        with pytest.warns(rpc.OtherBuild, match=said):
+            rpc.add_servers([proxy.endpoint])
+        assert llama(plant().trunk, n_gpu_layers=-1).create_completion("a", max_tokens=1)
 
 
 def test_a_model_of_which_nothing_is_offloaded_needs_no_server(
