@@ -251,6 +251,7 @@ class Context:
         self.n_rollback = most.get(library.rollback(model), 0)
         self._layers: tuple[int, ...] = ()
         self._layers_on = False
+        self._hidden_mode: int | None = None  # None where it is not known
         self._best = ffi.new("struct ds4_mtp_best *")
         self._picker: Any = None
 
@@ -312,9 +313,13 @@ class Context:
 
         Inputs of layers (`keep_layers`) are kept of no or of all rows.
         """
+        # Each call is a line to the host's logger, which is a function in Python.
         if not self._layers:
-            self._lib.ds4_mtp_set_hidden(self._ptr, mode)
-        elif self._layers_on != (mode != HIDDEN_OFF):  # each call is a line to the host's logger, at every token
+            if mode != self._hidden_mode:
+                self._hidden_mode = None
+                self._lib.ds4_mtp_set_hidden(self._ptr, mode)
+                self._hidden_mode = mode
+        elif self._layers_on != (mode != HIDDEN_OFF):
             self._layers_on = not self._layers_on
             for il in self._layers:
                 self._lib.ds4_mtp_set_layer_input(self._ptr, il, self._layers_on)

@@ -160,18 +160,14 @@ class AdaptiveDepth:
             return False
         if self._at_once:
             return True
-        known = self._known()
-        stop = max(self._gain(known[:k]) for k in range(made + 1))
-        rest = [*known, *self._rates[made:]]
-        spent = self._draft(made)
-        return any(
-            self._gain(rest[:k]) - self._pace * (self._draft(k) - spent) > stop for k in range(made + 1, self._most + 1)
-        )
+        gains = self._gains([*self._known(), *self._rates[made : self._most]])
+        stop, spent = max(gains[: made + 1]), self._draft(made)
+        return any(gains[k] - self._pace * (self._draft(k) - spent) > stop for k in range(made + 1, len(gains)))
 
     def worth(self, n: int) -> int:
         """How many of the `n` drafts of the head to verify; 0 for a plain decode, beside which the first is counted."""
-        known = [] if self.probing else self._known()[:n]
-        self._worth = max(range(len(known) + 1), key=lambda k: self._gain(known[:k]))
+        gains = self._gains([] if self.probing else self._known()[:n])
+        self._worth = gains.index(max(gains))
         return self._worth
 
     def take(self, rates: Sequence[float]) -> int:
@@ -280,9 +276,14 @@ class AdaptiveDepth:
         """For each draft of this cycle the share of those that are as sure which are right."""
         return [led[lead][0] if lead in led else rate for rate, led, lead in zip(self._rates, self._led, self._leads)]
 
-    def _gain(self, rates: Sequence[float]) -> float:
-        """Tokens that a verify of drafts of such rates gives beyond what its time gives on average."""
-        return _expected(rates) - self._pace * self._decode(len(rates) + 1)
+    def _gains(self, rates: Sequence[float]) -> list[float]:
+        """Tokens that a verify of 0, 1, ... drafts of such rates gives beyond what its time gives on average."""
+        expected, share, gains = 1.0, 1.0, [1.0 - self._pace * self._decode(1)]
+        for rate in rates:
+            share *= rate
+            expected += share
+            gains.append(expected - self._pace * self._decode(len(gains) + 1))
+        return gains
 
     def _could_pay(self, room: int) -> bool:
         """Whether any depth would, were every draft right."""
@@ -310,8 +311,12 @@ class AdaptiveDepth:
         return believed[below] + max(0.0, slope) * (n_rows - below)
 
     def _draft(self, k: int) -> float:
+        """Seconds of k drafts: measured, or in proportion to the nearest number that is."""
         if k == 0:
             return 0.0
+        times = self._drafts.get(k)
+        if times is not None and times.n >= self._enough:
+            return times.median
         believed = {n: times.median for n, times in self._drafts.items() if times.n >= self._enough}
         if believed:
             known = min(believed, key=lambda n: abs(n - k))

@@ -139,6 +139,22 @@ def test_without_logits_all_no_score_is_kept(llama: Make, plant: Plant) -> None:
     assert llm.scores.shape[0] == 64  # the host's own size, n_batch rows, not a row for every position
 
 
+@pytest.mark.parametrize("acceptance", [1.0, 0.0])
+def test_a_token_writes_no_line_to_the_log(
+    llama: Make, plant: Plant, capfd: pytest.CaptureFixture[str], acceptance: float
+) -> None:
+    """A verbose Llama, the host's default, prints what the engine debugs with; any other takes time to drop it."""
+    files = plant(acceptance=acceptance)
+    llm = llama(files.trunk, verbose=True, draft_model=MtpDraft(files.mtp))
+    tokens = llm.generate(files.cycle[:64].tolist(), temp=0.0)
+    next(tokens)
+    next(tokens)
+    capfd.readouterr()
+    for _ in range(40):
+        next(tokens)
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("stop_at", [1, 2, 3, 4, 5, 6])
 def test_what_was_not_asked_for_leaves_no_trace(llama: Make, plant: Plant, stop_at: int) -> None:
     """A consumer stops in the middle of accepted drafts; an extended prompt then goes on as if it had not."""

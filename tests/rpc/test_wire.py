@@ -47,7 +47,7 @@ def test_a_decode_waits_for_one_answer_and_its_graph_stays_there(llama: Make, pl
         crossed, decodes = per_decode(llm, proxy, files.cycle[:64].tolist())
         assert crossed.answers <= 1.05 * decodes
         rows = 1 + k
-        # Inputs. A graph would be 400,000, the rotations of the indexers 65,000.
+        # Inputs. A graph would be 400,000, the rotation of the indexers 16,000.
         assert crossed.up < (18_000 + 3_000 * rows) * decodes
         assert crossed.down <= decodes * rows * 4 * (TINY.n_vocab + TINY.hc_dim) * 1.05
 
