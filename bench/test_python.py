@@ -73,6 +73,7 @@ def test_python(table: Callable[[str], None], directory: Path, watch: Watch) -> 
     lines = [f"microseconds of Python, {FLASH.n_vocab} tokens, all drafts right: median (least) of 6 times {n} tokens"]
     drafts: dict[str, Callable[[], MtpDraft | None]] = {
         "plain": lambda: None,
+        "no drafts": lambda: MtpDraft(files.mtp, num_pred_tokens=0),
         **{f"k={k}": lambda k=k: MtpDraft(files.mtp, num_pred_tokens=k) for k in (1, 2, 3)},  # type: ignore[misc]
         "automatic": lambda: MtpDraft(files.mtp),
     }
