@@ -3,75 +3,35 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from ds4_mtp_plugin import host
-
-ENGINE = Path(__file__).parents[2] / "vendor" / "patched" / "ggml"
-SOURCE = ENGINE / "src" / "ggml-cpu" / "arch" / "x86" / "repack.cpp"
+from tests.fixtures.kernels import AVX2, AVX512, compiled, installed
 
 # By its name in the kernels': the number in ggml.h, and how 8 columns' scales are written.
 TYPES = {"q4_0": (2, np.float16), "iq4_nl": (20, np.float16), "mxfp4": (39, np.uint8)}
 
-AVX2 = ("avx2", "fma", "f16c")
 FLAVOURS = {
     "as installed": (),
     "AVX2": AVX2,
     "AVX-VNNI": (*AVX2, "avxvnni"),
-    "AVX-512": (*AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq"),
-    "AVX-512 beside AVX-VNNI": (*AVX2, "avxvnni", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
-    "AVX-512 with VNNI": (*AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"),
+    "AVX-512": AVX512,
+    "AVX-512 beside AVX-VNNI": (*AVX512, "avxvnni"),
+    "AVX-512 with VNNI": (*AVX512, "avx512vnni"),
 }
-
-
-def flags() -> set[str]:
-    found = Path("/proc/cpuinfo")
-    lines = found.read_text().splitlines() if found.is_file() else []
-    words = next((line.split() for line in lines if line.startswith("flags")), [])
-    return {word.replace("avx_vnni", "avxvnni").replace("avx512_vnni", "avx512vnni") for word in words}
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctypes.CDLL]:
     """The library with the kernels of a flavour, which is compiled."""
-    folder = Path(host.library_path()).parent
-    ctypes.CDLL(str(folder / "libggml-base.so"))
-    installed = ctypes.CDLL(str(folder / "libggml-cpu.so"))
-    if not hasattr(installed, "ds4_mtp_gemv_rows"):
-        pytest.skip("not on this kind of CPU")
-    installed.ggml_cpu_init()  # its tables are the other flavours' too
+    engines = installed("ds4_mtp_gemv_rows")
 
     def kernels(flavour: str) -> ctypes.CDLL:
         wanted = FLAVOURS[flavour]
-        if not wanted:
-            return installed
-        if missing := set(wanted) - flags():
-            pytest.skip(f"this CPU has no {missing}")
-        compiler = shutil.which("c++")
-        if compiler is None or not SOURCE.is_file():
-            pytest.skip("needs a compiler, and the engine's source: python vendor/fetch.py && python patches/apply.py")
-        library = tmp_path_factory.mktemp("kernels") / "kernels.so"
-        includes = [f"-I{path}" for path in (ENGINE / "include", ENGINE / "src", ENGINE / "src" / "ggml-cpu")]
-        options = [
-            "-std=c++17",
-            "-O1",
-            "-w",
-            "-shared",
-            "-fPIC",
-            "-Wl,-Bsymbolic",
-            f"-L{folder}",
-            f"-Wl,-rpath,{folder}",
-        ]
-        command = [compiler, *options, *(f"-m{name}" for name in wanted), *includes, str(SOURCE)]
-        subprocess.run([*command, "-lggml-cpu", "-lggml-base", "-o", str(library)], check=True)
-        return ctypes.CDLL(str(library))
+        return compiled("arch/x86/repack.cpp", wanted, tmp_path_factory.mktemp("kernels")) if wanted else engines
 
     return kernels
 

@@ -42,6 +42,10 @@ extern "C" {
 // On x86 with AVX2 (arch/x86/quants.c).
 void ds4_mtp_vec_dots_q8_0(int n, float * s, size_t bs, const void * vx, const void * vy, size_t by, int nc);
 
+// Dot products of nx rows of F16 at vx, vx + bx, ... with ny <= DS4_MTP_COLUMNS at vy, vy + by, ..., n numbers each: that of
+// rows r and c is s[r + c*bs], in the bits of ggml_vec_dot_f16. On x86 with AVX2 (vec.cpp).
+void ds4_mtp_vec_dots_f16(int n, float * s, size_t bs, const void * vx, size_t bx, int nx, const void * vy, size_t by, int ny);
+
 // Products of nr <= DS4_MTP_COLUMNS rows of Q8_0, of n numbers each, with nc columns of weights that lie interleaved by 8.
 // False where no kernel takes the type or so many numbers: nothing was computed. On x86 (arch/x86/ds4-mtp-lut.h).
 bool ds4_mtp_gemv_rows(enum ggml_type type, int n, float * const * out, const void * vx, const void * const * vy, int nr, int nc);
