@@ -195,7 +195,7 @@ def test_drafting_nothing(benchmark: Any, table: Callable[[str], None], director
 
 def test_a_stream_that_switches(benchmark: Any, table: Callable[[str], None], directory: Path) -> None:
     """From drafts that are nearly all right to none, and back: beside whoever knew which depth each part wants."""
-    length, n_phases = 400, 4
+    length, n_phases = 250, 4
     files = planted(directory, config=BENCH, phases=(length, 0.9, 0.0), quant="Q8_0")
     field = [each for each in contenders(files.mtp) if each.name.startswith(("plain", "automatic", "mtp"))]
     options = {"n_ctx": length * n_phases + 64, **THREADS}
