@@ -45,7 +45,7 @@ def draw(runs: dict[str, dict[str, Any]], planted: dict[float, dict[str, Any]], 
             label = name.replace("mtp k=", "depth ").replace("server k=", "llama-server ") if at == 0 else None
             if "ratio" not in row:
                 axes.bar(x, 0, width, color=colour, label=label)
-                axes.text(x, 0.02, "fails", ha="center", va="bottom", rotation=90, fontsize=8)
+                axes.text(x, 0.02, "fails" if row else "", ha="center", va="bottom", rotation=90, fontsize=8)
                 continue
             spread = [[row["ratio"] - row["least"]], [row["greatest"] - row["ratio"]]]
             axes.bar(x, row["ratio"], width * 0.92, yerr=spread, color=colour, label=label, error_kw={"lw": 0.8})
