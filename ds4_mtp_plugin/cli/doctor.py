@@ -192,7 +192,7 @@ def _servers(named: str) -> list[str]:
                 _say("server", f"{device.endpoint}, {device.name}: {_mb(device.free)} of {_mb(device.total)} MB free")
         except (RuntimeError, ValueError) as err:
             wrong.append(str(err))
-    return [*wrong, *(str(each.message) for each in said)]
+    return [*wrong, *(str(each.message) for each in said if issubclass(each.category, rpc.OtherBuild))]
 
 
 def _decodes() -> Iterator[str]:

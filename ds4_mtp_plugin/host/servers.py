@@ -16,6 +16,8 @@ from .library import current as library
 __all__ = ["OtherBuild", "add", "current", "for_head", "place", "remove", "rows"]
 
 _servers: dict[str, rpc.Server] = {}
+# How many servers had been lost in this process when each was asked what it is.
+_asked: dict[str, int] = {}
 
 
 class OtherBuild(RuntimeWarning):
@@ -31,20 +33,24 @@ def add(endpoints: Iterable[str]) -> None:
     Warns:
         OtherBuild: a server of another build works, but nothing was tried with it.
     """
-    ours = library().patchset
     for endpoint in (*settings().rpc_servers, *endpoints):
         if endpoint not in _servers:
-            if (timeout := settings().rpc_timeout) is not None:
-                rpc.set_timeout(library(), timeout)
-            server = _servers[endpoint] = rpc.connect(library(), endpoint)
-            if server.patchset != ours:
-                build = f"with patch set {server.patchset}" if server.patchset else "without this package's patches"
-                warnings.warn(
-                    f"RPC server {endpoint}: its engine was built {build}, this side's with {ours}: install the same "
-                    "version of ds4-mtp-plugin on both machines",
-                    OtherBuild,
-                    stacklevel=3,
-                )
+            _ask(endpoint)
+
+
+def _ask(endpoint: str) -> None:
+    if (timeout := settings().rpc_timeout) is not None:
+        rpc.set_timeout(library(), timeout)
+    _asked[endpoint], _ = library().losses()
+    server = _servers[endpoint] = rpc.connect(library(), endpoint)
+    if server.patchset != library().patchset:
+        build = f"with patch set {server.patchset}" if server.patchset else "without this package's patches"
+        warnings.warn(
+            f"RPC server {endpoint}: its engine was built {build}, this side's with {library().patchset}: install the "
+            "same version of ds4-mtp-plugin on both machines",
+            OtherBuild,
+            stacklevel=4,
+        )
 
 
 def remove(endpoints: Iterable[str] | None) -> None:
@@ -55,10 +61,16 @@ def remove(endpoints: Iterable[str] | None) -> None:
 def current() -> list[rpc.Server]:
     """In the order in which a model has them. Those that the environment names are looked for at the first question.
 
+    Once one was lost all are asked again: what comes back may be another build.
+
     Raises:
         EngineError: as `add`.
     """
     add(())
+    lost, _ = library().losses()
+    for endpoint in tuple(_servers):
+        if _asked[endpoint] != lost:
+            _ask(endpoint)
     return list(_servers.values())
 
 

@@ -15,7 +15,7 @@ from ds4_mtp_plugin import cli, rpc, settings
 from ds4_mtp_plugin.cli.demo import BASE, HEAD
 from ds4_mtp_plugin.host.library import current
 from tests.fixtures.planted import Planted
-from tests.rpc.proxy import Proxy
+from tests.rpc.proxy import GRAPH_COMPUTE, GRAPH_RECOMPUTE, Proxy, cut
 from tests.rpc.servers import Server, environment, free_port
 
 
@@ -106,6 +106,21 @@ def test_a_server_of_another_build_is_named_and_works(
         with pytest.warns(rpc.OtherBuild, match=said):
             rpc.add_servers([proxy.endpoint])
         assert llama(plant().trunk, n_gpu_layers=-1).create_completion("a", max_tokens=1)
+
+
+def test_a_server_that_came_back_as_another_build_is_named(
+    llama: Callable[..., Llama], plant: Callable[..., Planted]
+) -> None:
+    builds = [current().patchset.encode()]
+    with Server() as server, Proxy(server.port, lambda answer: answer.replace(builds[0], builds[-1])) as proxy:
+        rpc.add_servers([proxy.endpoint])
+        lost = llama(plant().trunk, n_gpu_layers=-1)
+        proxy.on(cut, GRAPH_COMPUTE, GRAPH_RECOMPUTE)
+        with pytest.raises(rpc.ServerLost):
+            lost.eval([300])
+        builds.append(b"0123456789ab")
+        with pytest.warns(rpc.OtherBuild, match=f"{proxy.endpoint}: its engine was built with patch set 0123456789ab"):
+            llama(plant().trunk, n_gpu_layers=-1)
 
 
 def test_a_model_of_which_nothing_is_offloaded_needs_no_server(
