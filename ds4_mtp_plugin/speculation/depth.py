@@ -59,7 +59,7 @@ _READY_LEAST = 0.5
 _RECENT, _BELIEVED, _REFRESH_VERIFY = 9, 3, 1024
 # After so many cycles so many single rows are: where drafts gain little, a single row that was timed in a bad moment
 # would make a loss of it, and is soon timed again. The times before count no more if those are less by this.
-_REFRESH, _LITTLE, _REFRESH_LITTLE, _AGAIN, _FASTER = 256, 1.2, 48, 2, 0.95
+_REFRESH, _LITTLE, _REFRESH_LITTLE, _AGAIN, _FASTER = 256, 1.2, 48, 3, 0.95
 
 
 class _Times:
@@ -200,14 +200,11 @@ class AdaptiveDepth:
 
     def decoded(self, n_rows: int, seconds: float) -> None:
         """The target decoded so many rows in so many seconds: one row plainly, or a verify."""
-        # A single row right behind a verify is slower than those behind it, which are what no drafts would be.
-        slow = n_rows == 1 and self._singles == 0 and 1 in self._decodes
-        if not slow:
-            self._note(self._decodes, "decode", n_rows, seconds)
+        self._note(self._decodes, "decode", n_rows, seconds)
         if n_rows == 1:
-            if self._cycles >= self._refresh and not slow:
+            if self._cycles >= self._refresh:
                 self._again.append(seconds)
-            if not slow and (self._cycles < self._refresh or len(self._again) == _AGAIN):
+            if self._cycles < self._refresh or len(self._again) == _AGAIN:
                 if self._again and sorted(self._again)[_AGAIN // 2] < _FASTER * self._single_before:
                     self._decodes[1] = _Times()
                     for each in self._again:

@@ -167,14 +167,12 @@ def test_a_fault_of_the_drafts_falls_out_of_the_band(
     assert found[0] < RECORD[0.0][0] - 2 * BAND or found[1] < RECORD[0.0][1] - 2 * BAND
 
 
-@pytest.mark.parametrize("depth", [[], ["-k", "3"]], ids=["by itself", "3"])
 @pytest.mark.parametrize("head", ["mtp", "dspark"])
-def test_the_demo_shows_the_same_text_twice(capsys: pytest.CaptureFixture[str], head: str, depth: list[str]) -> None:
-    assert cli.main(["demo", "-n", "60", "-t", "1", "--head", head, *depth]) == 0
+def test_the_demo_shows_the_same_text_twice(capsys: pytest.CaptureFixture[str], head: str) -> None:
+    assert cli.main(["demo", "-n", "60", "-t", "1", "--head", head]) == 0
     out = capsys.readouterr().out
     first, second = out.split("--- speculative ---")
     assert first.removeprefix("--- plain ---") == second.split("---\n")[0]
-    words = ["accepted", "single trunk row", "A token takes", "of the cycles", "step of the head"]
-    # By itself it may draft nothing, on a machine that is busy, or leave all drafts to the text.
-    for word in ["the same 60 tokens", "tokens/s", *(words if depth else [])]:
+    words = ["tokens/s", "accepted", "single trunk row", "A token takes", "of the cycles"]
+    for word in [*words, *["step of the head"] * (head == "mtp")]:  # the other may leave all drafts to the text
         assert word in out

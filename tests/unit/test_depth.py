@@ -146,19 +146,6 @@ def test_a_single_row_that_was_timed_in_a_bad_moment_is_timed_again(seed: int) -
     assert run.depths[before + 60 :].count(0) > 0.9 * len(run.depths[before + 60 :])
 
 
-def test_a_single_row_behind_a_verify_is_not_what_single_rows_take() -> None:
-    """It was measured to take a tenth more and up to a half; drafts that gained less seemed to pay."""
-    depth = AdaptiveDepth(1)
-    for _ in range(5):
-        depth.decoded(1, 1.0)
-    for _ in range(20):
-        depth.decoded(2, 1.6)
-        depth.decoded(1, 1.3)
-    assert depth.times()[0] == {1: 1.0, 2: 1.6}
-    depth.decoded(1, 1.1)  # behind another single row
-    assert sorted(depth._decodes[1]._recent)[-1] == 1.1
-
-
 def test_a_drop_is_seen_within_ten_cycles() -> None:
     run = Run(MACHINES["flash"], lambda n: TEXTS["code"] if n < 500 else (0.0, 0.0, 0.0)).until(500)
     before = len(run.depths)
