@@ -90,8 +90,8 @@ def test_a_head_here_shares_what_is_here_alone(over: Make, llama: Make, plant: P
 
 def test_a_dspark_head(over: Make, plant: Plant, tmp_path: Path) -> None:
     files = plant(acceptance=0.7)
-    head = write_dspark(tmp_path / "dspark.gguf", files, TINY)
-    same(over(files.trunk), over(files.trunk, draft_model=MtpDraft(head)), files.cycle[:40].tolist(), 60)
+    draft = MtpDraft(write_dspark(tmp_path / "dspark.gguf", files, TINY), adaptive=False)
+    same(over(files.trunk), over(files.trunk, draft_model=draft), files.cycle[:40].tolist(), 60)
 
 
 @pytest.mark.parametrize("draft", [MtpDraft, NgramDraft])
