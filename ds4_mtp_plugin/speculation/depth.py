@@ -39,6 +39,9 @@ class Gate:
 _PRIOR, _PRIOR_WEIGHT = 0.7, 2
 # The least weight of a new observation: some twenty drafts are remembered. Of a probe's, which are few.
 _WEIGHT, _PROBE_WEIGHT = 0.1, 0.3
+# So many first drafts wrong in a row that chance is hardly the reason, even if at most so many are right, are those of
+# another text, and weigh as a probe's.
+_UNLIKELY, _MOST = 0.003, 0.9
 # What a deeper draft that was not tried lately is believed to be, of the one before it, and how fast.
 _DEEPER, _LIFT = 0.95, 0.02
 # Drafting has to promise so much more than plain decoding to begin.
@@ -54,12 +57,14 @@ _PROBES_OWED, _PROBES_FREE, _SOME_TIME = 6, 4, 16
 _READY_SIZES = (1, 2, 3, 4, 5, 7, 11, 16)
 # Where nothing is measured, one that lies ready is verified as long as all up to it are as likely right as this.
 _READY_LEAST = 0.5
-# Decodes of one size whose median counts, and the fewest that are believed at first. After so many single rows all the
-# others are timed again.
-_RECENT, _BELIEVED, _REFRESH_VERIFY = 9, 3, 1024
-# After so many cycles so many single rows are: where drafts gain little, a single row that was timed in a bad moment
-# would make a loss of it, and is soon timed again. The times before count no more if those are less by this.
-_REFRESH, _LITTLE, _REFRESH_LITTLE, _AGAIN, _FASTER = 256, 1.2, 48, 3, 0.95
+# Decodes of one size whose median counts, and the fewest that are believed at first.
+_RECENT, _BELIEVED = 9, 3
+# What was not timed in so many decodes is to be timed again, for the machine may have been busy then: at first soon,
+# each time twice as late, at last seldom. Where the first new time is no less than this share, it was not.
+_STALE, _STALE_AT_LAST, _CONFIRMED = 64, 1024, 0.8
+# The same of single rows, counted in cycles: where drafts gain little, one that was timed in a bad moment would make a
+# loss of it, and is never left for long. So many of them decide; times before count no more if these are so much less.
+_REFRESH, _REFRESH_AT_LAST, _LITTLE, _REFRESH_LITTLE, _AGAIN, _FASTER = 32, 256, 1.2, 48, 3, 0.95
 
 
 class _Times:
@@ -67,13 +72,15 @@ class _Times:
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=_RECENT)
-        self.n = 0
+        self.n = self.at = 0
         self.median = self.least = math.inf
+        self.stale = False
 
-    def add(self, seconds: float) -> None:
+    def add(self, seconds: float, at: int = 0) -> None:
+        """`at` is the number of decodes until then."""
         self._recent.append(seconds)
         ordered = sorted(self._recent)
-        self.n, self.median, self.least = self.n + 1, ordered[len(ordered) // 2], ordered[0]
+        self.n, self.at, self.median, self.least = self.n + 1, at, ordered[(len(ordered) - 1) // 2], ordered[0]
 
 
 class AdaptiveDepth:
@@ -102,7 +109,10 @@ class AdaptiveDepth:
         self._at_once = at_once
         self._decodes: dict[int, _Times] = {}  # by number of rows
         self._drafts: dict[int, _Times] = {}  # by number of drafts
+        self._believed: tuple[dict[int, float], dict[int, float]] = {}, {}  # of both, until the next time is known
         self._enough = _BELIEVED
+        self._now, self._stale = 0, _STALE  # decodes; and after how many without it a time is too old
+        self._doubts_at = _STALE
         self._begun: set[tuple[str, int]] = set()  # whose first time was dropped: it builds graphs
         self._rates = [_PRIOR * _DEEPER**i for i in range(n_max)]
         self._seen = [0] * n_max
@@ -114,12 +124,11 @@ class AdaptiveDepth:
         self._worth = 0  # how many of them are verified
         self._current = n_max
         self._cycles = 0  # since a single row was timed
-        self._refresh = _REFRESH  # as many of them until it is again
+        self._refresh = self._calm = _REFRESH  # as many of them until it is again, if drafts gain much
         self._again: list[float] = []  # the times of that
         self._single_before = math.inf  # the median until then
         self._cycles_drafted = 0  # since there was no drafting
         self._idle = 0  # decodes since the head's last draft
-        self._singles = 0  # single rows since the last verify
         self._budget = 0.0  # seconds that probes may take; below 0 they are owed
         self._probe = 0.0  # seconds that the last one took
         self._promising = False  # it was right
@@ -127,6 +136,7 @@ class AdaptiveDepth:
         self._since_right = _LATELY  # single rows since a first draft was right
         self.probing = False
         self.misses = 0  # first drafts in a row that were wrong
+        self._before = self._rates[0] if n_max else 0.0  # the share of them that were right before those
 
     def choose(self, room: int) -> int:
         """How many tokens to draft next, at most `room`: 0 for a plain decode. `more` may end the draft before.
@@ -140,7 +150,7 @@ class AdaptiveDepth:
         best = max(range(room + 1), key=values.__getitem__)
         if self._current == 0 and values[best] <= values[0] * (1 + _HYSTERESIS):
             best = 0
-        self._refresh = _REFRESH if values[best] > _LITTLE * values[0] else _REFRESH_LITTLE
+        self._refresh = self._calm if values[best] > _LITTLE * values[0] else min(self._calm, _REFRESH_LITTLE)
         if best > 0:
             self._current, self._pace, self._most = best, values[best], room
             return room
@@ -200,27 +210,16 @@ class AdaptiveDepth:
 
     def decoded(self, n_rows: int, seconds: float) -> None:
         """The target decoded so many rows in so many seconds: one row plainly, or a verify."""
+        self._now += 1
         self._note(self._decodes, "decode", n_rows, seconds)
+        if self._now >= self._doubts_at:
+            self._doubt()
         if n_rows == 1:
-            if self._cycles >= self._refresh:
-                self._again.append(seconds)
-            if self._cycles < self._refresh or len(self._again) == _AGAIN:
-                if self._again and sorted(self._again)[_AGAIN // 2] < _FASTER * self._single_before:
-                    self._decodes[1] = _Times()
-                    for each in self._again:
-                        self._decodes[1].add(each)
-                self._cycles, self._again = 0, []
-                self._single_before = self._decodes[1].median if 1 in self._decodes else math.inf
+            self._check(seconds)
             self._idle += 1
-            self._singles += 1
-            if self._singles % _REFRESH_VERIFY == 0:  # a hiccup of the machine is not believed for ever
-                self._decodes = {1: self._decodes[1]}
-                self._drafts.clear()
-                self._enough = 1
             self._since_right += 1
             self._budget += (_PROBE_SHARE if self._since_right > _LATELY else _PROBE_SHARE_LATELY) * seconds
         else:
-            self._singles = 0
             self._cycles += 1
             if self._took:
                 self._idle += 1
@@ -231,22 +230,29 @@ class AdaptiveDepth:
         """The draft at `position` (from 0), all before which were right, was the next token or was not."""
         self._seen[position] += 1
         least = _PROBE_WEIGHT if self.probing else _WEIGHT
+        if position == 0 and right:
+            self.misses, self._before = 0, self._rates[0]
+        elif position == 0:
+            self.misses += 1
+            if (1 - min(self._before, _MOST)) ** self.misses < _UNLIKELY:
+                least = _PROBE_WEIGHT
         weight = max(least, 1 / (self._seen[position] + _PRIOR_WEIGHT))
         if position < len(self._leads):
             lead, led = self._leads[position], self._led[position]
             rate, n = led.get(lead, (self._rates[position], 1))
             led[lead] = rate + max(_LEAD_WEIGHT, 1 / (n + 1)) * (right - rate), n + 1
         self._rates[position] += weight * (right - self._rates[position])
-        if position == 0:
-            self.misses = 0 if right else self.misses + 1
-            if right and self._worth > 0:
-                self._since_right = 0
-        deeper = position + 1
-        if right and deeper < self.n_max and deeper >= self._worth:
-            believed, led = _DEEPER * self._rates[position], self._led[deeper]
-            self._rates[deeper] += _LIFT * max(0.0, believed - self._rates[deeper])
-            for lead, (rate, n) in led.items():
-                led[lead] = rate + _LIFT * max(0.0, believed - rate), n
+        if position == 0 and right and self._worth > 0:
+            self._since_right = 0
+        if right:
+            for deeper in range(max(position + 1, self._worth), self.n_max):
+                believed, led = _DEEPER * self._rates[deeper - 1], self._led[deeper]
+                if self._seen[deeper] == 0:
+                    self._rates[deeper] = believed
+                    continue
+                self._rates[deeper] += _LIFT * max(0.0, believed - self._rates[deeper])
+                for lead, (rate, n) in led.items():
+                    led[lead] = rate + _LIFT * max(0.0, believed - rate), n
         if self.probing:
             self.probing, self._promising = False, right
 
@@ -262,11 +268,42 @@ class AdaptiveDepth:
     def _note(self, times: dict[int, _Times], kind: str, n: int, seconds: float) -> None:
         if (kind, n) not in self._begun:
             self._begun.add((kind, n))
-        elif n in times:
-            times[n].add(seconds)
-        else:
+            return
+        if n not in times or (times[n].stale and seconds < _CONFIRMED * times[n].median):
             times[n] = _Times()
-            times[n].add(seconds)
+        times[n].stale = False
+        times[n].add(seconds, self._now)
+        self._changed()
+
+    def _check(self, seconds: float) -> None:
+        """A single row took so long. Where it was due to be timed again and was no faster than is believed, one is
+        enough."""
+        if self._cycles >= self._refresh:
+            self._again.append(seconds)
+            faster = sorted(self._again)[len(self._again) // 2] < _FASTER * self._single_before
+            if faster and len(self._again) < _AGAIN:
+                return
+            if faster:
+                self._decodes[1] = _Times()
+                for each in self._again:
+                    self._decodes[1].add(each)
+                self._changed()
+            self._calm = min(2 * self._calm, _REFRESH_AT_LAST)
+        self._cycles, self._again = 0, []
+        self._single_before = self._decodes[1].median if 1 in self._decodes else math.inf
+
+    def _changed(self) -> None:
+        for believed in self._believed:
+            believed.clear()
+
+    def _doubt(self) -> None:
+        """What was not timed lately, but single rows: those have a time of their own to be timed again."""
+        for times in (self._decodes, self._drafts):
+            for n, each in times.items():
+                each.stale |= self._now - each.at >= self._stale and (times is self._drafts or n > 1)
+        self._enough, self._stale = 2, min(2 * self._stale, _STALE_AT_LAST)
+        self._doubts_at = self._now + self._stale
+        self._changed()
 
     def _value(self, rates: Sequence[float], seconds: float = 0.0) -> float:
         """Tokens per second with drafts of such rates, which take so many seconds to make."""
@@ -292,37 +329,60 @@ class AdaptiveDepth:
         )
 
     def _decode(self, n_rows: int) -> float:
-        """Seconds of a decode: measured, or a little less than what the measured ones suggest, so that it is tried."""
-        times = self._decodes.get(n_rows)
-        if times is not None and (n_rows == 1 or times.n >= self._enough):
-            return times.median
-        return min(self._guess(n_rows), times.least if times is not None else math.inf)
+        """Seconds of a decode: measured, or a little less than what the measured ones suggest, so that it is tried.
 
-    def _guess(self, n_rows: int) -> float:
-        believed = {n: times.median for n, times in self._decodes.items() if n == 1 or times.n >= self._enough}
-        below = max(n for n in believed if n < n_rows)
-        above = min((n for n in believed if n > n_rows), default=None)
+        None takes longer than one of more rows: where that was measured, another process was in the way.
+        """
+        believed = self._believed[0]
+        if n_rows not in believed:
+            medians = self._medians(self._decodes)
+            seconds = min((median for n, median in medians.items() if n >= n_rows), default=math.inf)
+            if n_rows not in medians:
+                tried = self._decodes.get(n_rows)
+                seconds = min(seconds, self._guess(n_rows, medians), tried.least if tried is not None else math.inf)
+            believed[n_rows] = seconds
+        return believed[n_rows]
+
+    def _guess(self, n_rows: int, medians: dict[int, float]) -> float:
+        below = max(n for n in medians if n < n_rows)
+        above = min((n for n in medians if n > n_rows), default=None)
         if above is not None:
-            slope = 0.4 * (believed[above] - believed[below]) / (above - below)
+            slope = 0.4 * (medians[above] - medians[below]) / (above - below)
         elif below > 1:
-            slope = 0.8 * (believed[below] - believed[1]) / (below - 1)
+            slope = 0.8 * (medians[below] - medians[1]) / (below - 1)
         else:
-            slope = 0.15 * believed[1]
-        return believed[below] + max(0.0, slope) * (n_rows - below)
+            slope = 0.15 * medians[1]
+        return medians[below] + max(0.0, slope) * (n_rows - below)
 
     def _draft(self, k: int) -> float:
-        """Seconds of k drafts: measured, or in proportion to the nearest number that is."""
+        """Seconds of k drafts: measured, or in proportion to the nearest number that is.
+
+        None take longer than more of them, nor than one does k times.
+        """
         if k == 0:
             return 0.0
-        times = self._drafts.get(k)
-        if times is not None and times.n >= self._enough:
-            return times.median
-        believed = {n: times.median for n, times in self._drafts.items() if times.n >= self._enough}
-        if believed:
-            known = min(believed, key=lambda n: abs(n - k))
-            return believed[known] * (1 if self._at_once else k / known)
-        least = min(0.1 * self._decode(1), *(times.least / n for n, times in self._drafts.items()), math.inf)
-        return least if self._at_once else k * least
+        believed = self._believed[1]
+        if k not in believed:
+            medians = self._medians(self._drafts)
+            if medians:
+                near = min(medians, key=lambda n: abs(n - k))
+                seconds = min(medians[n] * max(k / n, n != near) for n in medians)
+                if self._at_once:
+                    seconds = min(medians.values())
+            else:
+                per_draft = (each.least / (1 if self._at_once else n) for n, each in self._drafts.items())
+                seconds = min(0.1 * self._decode(1), *per_draft, math.inf) * (1 if self._at_once else k)
+            believed[k] = seconds
+        return believed[k]
+
+    def _medians(self, times: dict[int, _Times]) -> dict[int, float]:
+        """Those that are believed: single rows from the first on."""
+        singles = times is self._decodes
+        return {
+            n: each.median
+            for n, each in times.items()
+            if (each.n >= self._enough and not each.stale) or (n == 1 and singles)
+        }
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ class Run:
     machine: Machine
     rates: Rates
     seed: int = 0
+    busy: int = 0  # so many times more, every other takes up to four times as long
     seconds: float = 0.0
     tokens: int = 0
     depths: list[int] = field(default_factory=list)
@@ -67,6 +68,9 @@ class Run:
 
     def _takes(self, seconds: float) -> float:
         seconds = noisy(self._noise, seconds)
+        if self.busy > 0:
+            self.busy -= 1
+            seconds *= self._noise.choice((1, self._noise.uniform(1, 4)))
         self.seconds += seconds
         return seconds
 
@@ -146,11 +150,13 @@ def test_a_single_row_that_was_timed_in_a_bad_moment_is_timed_again(seed: int) -
     assert run.depths[before + 60 :].count(0) > 0.9 * len(run.depths[before + 60 :])
 
 
-def test_a_drop_is_seen_within_ten_cycles() -> None:
-    run = Run(MACHINES["flash"], lambda n: TEXTS["code"] if n < 500 else (0.0, 0.0, 0.0)).until(500)
-    before = len(run.depths)
-    run.until(560)
-    assert 0 in run.depths[before : before + 10]
+@pytest.mark.parametrize("machine", ["amx", "flash", "h100"])
+def test_a_drop_is_seen_within_ten_cycles(machine: str) -> None:
+    for seed in range(5):
+        run = Run(MACHINES[machine], lambda n: TEXTS["code"] if n < 500 else (0.0, 0.0, 0.0), seed).until(500)
+        before = len(run.depths)
+        run.until(560)
+        assert run.depths[before + 10 : before + 30].count(0) > 15  # not one that is only timed again
 
 
 def test_a_head_that_is_never_right_is_dropped_after_few_drafts() -> None:
@@ -170,27 +176,57 @@ def test_deeper_drafts_are_tried_again_where_the_first_are_right() -> None:
     assert sum(k > 1 for k in hard) <= 0.03 * len(hard)  # now and then, wherever in the hard text one looks
 
 
-def test_single_rows_are_what_is_left_where_no_draft_can_pay_and_the_head_is_not_asked() -> None:
-    machine = Machine((1, 3, 5, 7), 0.2)
-    run = Run(machine, lambda n: (1.0, 1.0, 1.0)).until(500)
-    assert sum(run.depths[50:]) == 0
-    steps = 0
+def test_where_no_draft_can_pay_next_to_none_is_made() -> None:
+    """Neither is the head asked: a verify now and then tells whether the machine is still the same."""
+    machine, asked = Machine((1, 3, 5, 7), 0.2), 0
+    for seed in range(5):
+        run = Run(machine, lambda n: (1.0, 1.0, 1.0), seed).until(50)
+        seconds, made = run.seconds, len(run.depths)
+        told = run.depth.drafted
 
-    def drafted(n: int, seconds: float) -> None:
-        nonlocal steps
-        steps += 1
+        def drafted(n: int, seconds: float, told: Callable[[int, float], None] = told) -> None:
+            nonlocal asked
+            asked += 1
+            told(n, seconds)
 
-    run.depth.drafted = drafted  # type: ignore[method-assign]
-    run.until(900)
-    assert steps == 0
+        run.depth.drafted = drafted  # type: ignore[method-assign]
+        run.until(2050)
+        assert sum(k > 0 for k in run.depths[made:]) <= 8
+        assert mean_cost(machine, lambda n: (1.0, 1.0, 1.0), 2000, 0) * 2000 / (run.seconds - seconds) > 0.98
+    assert asked <= 5 * 20
 
 
-def test_a_hiccup_of_the_machine_is_not_believed_for_ever() -> None:
-    run = Run(Machine((1, 9, 9, 9), 3.0), lambda n: TEXTS["code"]).until(60)
+@pytest.mark.parametrize("most", [1, 3])
+def test_a_hiccup_of_the_machine_is_not_believed_for_long(most: int) -> None:
+    run = Run(Machine((1, 9, 9, 9), 3.0), lambda n: TEXTS["code"], depth=AdaptiveDepth(most)).until(60)
     assert set(run.depths[-20:]) == {0}
     run.machine = MACHINES["flash"]
-    run.until(3000)
-    assert set(run.depths[-20:]) != {0}
+    run.until(300)
+    assert run.depths[-20:].count(0) < 5
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("machine", ["amx", "flash", "h100", "dense"])
+def test_a_beginning_beside_other_work_is_made_up_for(machine: str, text: str) -> None:
+    """Half of the first decodes and drafts take up to four times as long."""
+    costs = []
+    for seed in range(20):
+        run = Run(MACHINES[machine], lambda n: TEXTS[text], seed, busy=16)
+        while run.busy > 0:
+            run.until(run.tokens + 1)
+        seconds, tokens = run.seconds, run.tokens
+        run.until(tokens + 600)
+        costs.append((run.seconds - seconds) / (run.tokens - tokens))
+    best = min(mean_cost(MACHINES[machine], lambda n: TEXTS[text], 600, fixed) for fixed in range(N_MAX + 1))
+    assert best / (sum(costs) / len(costs)) >= 0.95
+
+
+def test_all_depths_are_tried_where_the_first_drafts_are_right() -> None:
+    """Where 3 rows are dear and 4 are not much dearer, 2 drafts lose, so that the third is never seen."""
+    machine = Machine((1, 1.5, 2.0, 2.3), 0.18)
+    for seed in range(10):
+        run = Run(machine, lambda n: (0.9, 0.93, 0.93), seed).until(1000)
+        assert run.depths[-100:].count(3) > 50
 
 
 def test_drafts_are_left_off_as_soon_as_they_lose_and_come_back_for_a_gain() -> None:
