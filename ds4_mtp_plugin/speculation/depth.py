@@ -109,7 +109,9 @@ class AdaptiveDepth:
         self._at_once = at_once
         self._decodes: dict[int, _Times] = {}  # by number of rows
         self._drafts: dict[int, _Times] = {}  # by number of drafts
-        self._believed: tuple[dict[int, float], dict[int, float]] = {}, {}  # of both, until the next time is known
+        # Of both the medians that are believed, and what follows for all sizes: until the next time is known.
+        self._medians: tuple[dict[int, float], dict[int, float]] = {}, {}
+        self._believed: tuple[dict[int, float], dict[int, float]] = {}, {}
         self._enough = _BELIEVED
         self._now, self._stale = 0, _STALE  # decodes; and after how many without it a time is too old
         self._doubts_at = _STALE
@@ -271,9 +273,12 @@ class AdaptiveDepth:
             return
         if n not in times or (times[n].stale and seconds < _CONFIRMED * times[n].median):
             times[n] = _Times()
-        times[n].stale = False
-        times[n].add(seconds, self._now)
-        self._changed()
+        each = times[n]
+        before = each.median, each.least, each.stale
+        each.stale = False
+        each.add(seconds, self._now)
+        if each.n <= self._enough or before != (each.median, each.least, False):
+            self._changed(drafts=times is self._drafts)
 
     def _check(self, seconds: float) -> None:
         """A single row took so long. Where it was due to be timed again and was no faster than is believed, one is
@@ -287,14 +292,30 @@ class AdaptiveDepth:
                 self._decodes[1] = _Times()
                 for each in self._again:
                     self._decodes[1].add(each)
-                self._changed()
+                self._changed(drafts=False)
             self._calm = min(2 * self._calm, _REFRESH_AT_LAST)
         self._cycles, self._again = 0, []
         self._single_before = self._decodes[1].median if 1 in self._decodes else math.inf
 
-    def _changed(self) -> None:
-        for believed in self._believed:
-            believed.clear()
+    def _changed(self, drafts: bool) -> None:
+        """A time of drafts, or of decodes, is new or too old.
+
+        None is believed to take longer than what has more rows: another process was in the way. Single rows count from
+        the first on.
+        """
+        of_decodes, of_drafts = self._medians
+        times = self._drafts if drafts else self._decodes
+        medians = {n: each.median for n, each in times.items() if each.n >= self._enough and not each.stale}
+        if drafts:
+            of_drafts = medians
+        else:
+            of_decodes, least = medians, math.inf
+            if 1 in times:
+                medians[1] = times[1].median
+            for n in sorted(medians, reverse=True):
+                medians[n] = least = min(medians[n], least)
+        self._medians = of_decodes, of_drafts
+        self._believed = (self._believed[0] if drafts else of_decodes.copy()), {}
 
     def _doubt(self) -> None:
         """What was not timed lately, but single rows: those have a time of their own to be timed again."""
@@ -303,7 +324,8 @@ class AdaptiveDepth:
                 each.stale |= self._now - each.at >= self._stale and (times is self._drafts or n > 1)
         self._enough, self._stale = 2, min(2 * self._stale, _STALE_AT_LAST)
         self._doubts_at = self._now + self._stale
-        self._changed()
+        self._changed(drafts=True)
+        self._changed(drafts=False)
 
     def _value(self, rates: Sequence[float], seconds: float = 0.0) -> float:
         """Tokens per second with drafts of such rates, which take so many seconds to make."""
@@ -329,18 +351,14 @@ class AdaptiveDepth:
         )
 
     def _decode(self, n_rows: int) -> float:
-        """Seconds of a decode: measured, or a little less than what the measured ones suggest, so that it is tried.
-
-        None takes longer than one of more rows: where that was measured, another process was in the way.
-        """
+        """Seconds of a decode: measured, or a little less than what the measured ones suggest, so that it is tried."""
         believed = self._believed[0]
         if n_rows not in believed:
-            medians = self._medians(self._decodes)
-            seconds = min((median for n, median in medians.items() if n >= n_rows), default=math.inf)
-            if n_rows not in medians:
-                tried = self._decodes.get(n_rows)
-                seconds = min(seconds, self._guess(n_rows, medians), tried.least if tried is not None else math.inf)
-            believed[n_rows] = seconds
+            medians, tried = self._medians[0], self._decodes.get(n_rows)
+            bounds = [median for n, median in medians.items() if n > n_rows]
+            if tried is not None:
+                bounds.append(tried.least)
+            believed[n_rows] = min(self._guess(n_rows, medians), *bounds, math.inf)
         return believed[n_rows]
 
     def _guess(self, n_rows: int, medians: dict[int, float]) -> float:
@@ -363,26 +381,17 @@ class AdaptiveDepth:
             return 0.0
         believed = self._believed[1]
         if k not in believed:
-            medians = self._medians(self._drafts)
-            if medians:
+            medians, seconds = self._medians[1], math.inf
+            for n, median in medians.items():
+                seconds = min(seconds, median if n >= k or self._at_once else median * k / n)
+            if k not in medians and medians and not self._at_once:
                 near = min(medians, key=lambda n: abs(n - k))
-                seconds = min(medians[n] * max(k / n, n != near) for n in medians)
-                if self._at_once:
-                    seconds = min(medians.values())
-            else:
+                seconds = min(seconds, medians[near] * k / near)
+            elif not medians:
                 per_draft = (each.least / (1 if self._at_once else n) for n, each in self._drafts.items())
                 seconds = min(0.1 * self._decode(1), *per_draft, math.inf) * (1 if self._at_once else k)
             believed[k] = seconds
         return believed[k]
-
-    def _medians(self, times: dict[int, _Times]) -> dict[int, float]:
-        """Those that are believed: single rows from the first on."""
-        singles = times is self._decodes
-        return {
-            n: each.median
-            for n, each in times.items()
-            if (each.n >= self._enough and not each.stale) or (n == 1 and singles)
-        }
 
 
 @dataclass(frozen=True)
