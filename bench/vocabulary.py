@@ -53,14 +53,16 @@ def main() -> int:
     options = parser.parse_args()
     tokenizer = tokenizers.Tokenizer.from_file(str(options.tokenizer))
     texts = [
-        tokenizer.encode(file.read_text(errors="replace")[:MOST], add_special_tokens=False).ids
+        tokenizer.encode(file.read_text(encoding="utf-8", errors="replace")[:MOST], add_special_tokens=False).ids
         for file in options.files
     ]
+    if not any(texts):
+        parser.error("no text in these files")
     n_vocab = tokenizer.get_vocab_size()
     print(f"{sum(map(len, texts))} tokens of {len(texts)} files, a vocabulary of {n_vocab}")
     print("first     share  speed at depth 1, 2, 3   with those of the text's last", LATELY)
     for first in FIRST:
-        step = STEP * (1 - OF_OUTPUT * (1 - first / n_vocab))
+        step = STEP * (1 - OF_OUTPUT * (1 - min(first, n_vocab) / n_vocab))
         line = f"{first:7d}"
         for share, depth in itertools.product(shares(texts, first), range(4)):
             if depth == 0:

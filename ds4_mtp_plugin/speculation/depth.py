@@ -39,8 +39,8 @@ class Gate:
 _PRIOR, _PRIOR_WEIGHT = 0.7, 2
 # The least weight of a new observation: some twenty drafts are remembered. Of a probe's, which are few.
 _WEIGHT, _PROBE_WEIGHT = 0.1, 0.3
-# So many first drafts wrong in a row that chance is hardly the reason, even if at most so many are right, are those of
-# another text, and weigh as a probe's.
+# First drafts that are wrong in a row weigh as a probe's where chance would make so many of them less often than this,
+# with the share that was right before, or with this one if more were: the text has changed.
 _UNLIKELY, _MOST = 0.003, 0.9
 # What a deeper draft that was not tried lately is believed to be, of the one before it, and how fast.
 _DEEPER, _LIFT = 0.95, 0.02
@@ -59,8 +59,8 @@ _READY_SIZES = (1, 2, 3, 4, 5, 7, 11, 16)
 _READY_LEAST = 0.5
 # Decodes of one size whose median counts, and the fewest that are believed at first.
 _RECENT, _BELIEVED = 9, 3
-# What was not timed in so many decodes is to be timed again, for the machine may have been busy then: at first soon,
-# each time twice as late, at last seldom. Where the first new time is no less than this share, it was not.
+# What was not timed in so many decodes is to be timed again, for the machine may have been busy then: first soon, then
+# each time twice as late, at last seldom. Old times count again where the first new one is no less than this share.
 _STALE, _STALE_AT_LAST, _CONFIRMED = 64, 1024, 0.8
 # The same of single rows, counted in cycles: where drafts gain little, one that was timed in a bad moment would make a
 # loss of it, and is never left for long. So many of them decide; times before count no more if these are so much less.
@@ -113,8 +113,8 @@ class AdaptiveDepth:
         self._medians: tuple[dict[int, float], dict[int, float]] = {}, {}
         self._believed: tuple[dict[int, float], dict[int, float]] = {}, {}
         self._enough = _BELIEVED
-        self._now, self._stale = 0, _STALE  # decodes; and after how many without it a time is too old
-        self._doubts_at = _STALE
+        # The number of decodes, that at which old times are looked for, and for how many they have not been.
+        self._now, self._doubts_at, self._stale = 0, _STALE, _STALE
         self._begun: set[tuple[str, int]] = set()  # whose first time was dropped: it builds graphs
         self._rates = [_PRIOR * _DEEPER**i for i in range(n_max)]
         self._seen = [0] * n_max
@@ -159,6 +159,8 @@ class AdaptiveDepth:
         if self._current > 0:
             paid = self._cycles_drafted >= _SOME_TIME
             self._current, self._cycles_drafted = 0, 0
+            if paid:
+                self._doubt_soon()
             self._budget = _PROBES_FREE * self._draft(1) if paid else min(self._budget, 0.0)
         least = -_PROBES_OWED * self._probe if self._promising else 0.0
         self.probing = self._budget > least and self._could_pay(room)
@@ -232,10 +234,8 @@ class AdaptiveDepth:
         """The draft at `position` (from 0), all before which were right, was the next token or was not."""
         self._seen[position] += 1
         least = _PROBE_WEIGHT if self.probing else _WEIGHT
-        if position == 0 and right:
-            self.misses, self._before = 0, self._rates[0]
-        elif position == 0:
-            self.misses += 1
+        if position == 0:
+            self.misses = 0 if right else self.misses + 1
             if (1 - min(self._before, _MOST)) ** self.misses < _UNLIKELY:
                 least = _PROBE_WEIGHT
         weight = max(least, 1 / (self._seen[position] + _PRIOR_WEIGHT))
@@ -244,14 +244,15 @@ class AdaptiveDepth:
             rate, n = led.get(lead, (self._rates[position], 1))
             led[lead] = rate + max(_LEAD_WEIGHT, 1 / (n + 1)) * (right - rate), n + 1
         self._rates[position] += weight * (right - self._rates[position])
-        if position == 0 and right and self._worth > 0:
-            self._since_right = 0
-        if right:
-            for deeper in range(max(position + 1, self._worth), self.n_max):
-                believed, led = _DEEPER * self._rates[deeper - 1], self._led[deeper]
-                if self._seen[deeper] == 0:
-                    self._rates[deeper] = believed
-                    continue
+        if position == 0 and right:
+            self._before = self._rates[0]
+            if self._worth > 0:
+                self._since_right = 0
+        for deeper in range(max(position + 1, self._worth), self.n_max):
+            believed, led = _DEEPER * self._rates[deeper - 1], self._led[deeper]
+            if self._seen[deeper] == 0:
+                self._rates[deeper] = believed
+            elif right:
                 self._rates[deeper] += _LIFT * max(0.0, believed - self._rates[deeper])
                 for lead, (rate, n) in led.items():
                     led[lead] = rate + _LIFT * max(0.0, believed - rate), n
@@ -272,6 +273,8 @@ class AdaptiveDepth:
             self._begun.add((kind, n))
             return
         if n not in times or (times[n].stale and seconds < _CONFIRMED * times[n].median):
+            if n in times:
+                self._doubt_soon()
             times[n] = _Times()
         each = times[n]
         before = each.median, each.least, each.stale
@@ -288,20 +291,21 @@ class AdaptiveDepth:
             faster = sorted(self._again)[len(self._again) // 2] < _FASTER * self._single_before
             if faster and len(self._again) < _AGAIN:
                 return
+            self._refresh = self._calm = min(2 * self._calm, _REFRESH_AT_LAST)
             if faster:
                 self._decodes[1] = _Times()
                 for each in self._again:
-                    self._decodes[1].add(each)
+                    self._decodes[1].add(each, self._now)
                 self._changed(drafts=False)
-            self._calm = min(2 * self._calm, _REFRESH_AT_LAST)
+                self._refresh = self._calm = _REFRESH
         self._cycles, self._again = 0, []
         self._single_before = self._decodes[1].median if 1 in self._decodes else math.inf
 
     def _changed(self, drafts: bool) -> None:
         """A time of drafts, or of decodes, is new or too old.
 
-        None is believed to take longer than what has more rows: another process was in the way. Single rows count from
-        the first on.
+        None is believed to take longer than what had more rows since: another process was in the way. Single rows count
+        from the first on.
         """
         of_decodes, of_drafts = self._medians
         times = self._drafts if drafts else self._decodes
@@ -309,13 +313,16 @@ class AdaptiveDepth:
         if drafts:
             of_drafts = medians
         else:
-            of_decodes, least = medians, math.inf
             if 1 in times:
                 medians[1] = times[1].median
-            for n in sorted(medians, reverse=True):
-                medians[n] = least = min(medians[n], least)
+            of_decodes = {
+                n: min(least for m, least in medians.items() if m >= n and times[m].at >= times[n].at) for n in medians
+            }
         self._medians = of_decodes, of_drafts
         self._believed = (self._believed[0] if drafts else of_decodes.copy()), {}
+
+    def _doubt_soon(self) -> None:
+        self._stale, self._doubts_at = _STALE, self._now + _STALE
 
     def _doubt(self) -> None:
         """What was not timed lately, but single rows: those have a time of their own to be timed again."""
@@ -382,8 +389,10 @@ class AdaptiveDepth:
         believed = self._believed[1]
         if k not in believed:
             medians, seconds = self._medians[1], math.inf
+            at = self._drafts[k].at if k in medians else 0
             for n, median in medians.items():
-                seconds = min(seconds, median if n >= k or self._at_once else median * k / n)
+                if self._drafts[n].at >= at:
+                    seconds = min(seconds, median if n >= k or self._at_once else median * k / n)
             if k not in medians and medians and not self._at_once:
                 near = min(medians, key=lambda n: abs(n - k))
                 seconds = min(seconds, medians[near] * k / near)
@@ -467,6 +476,7 @@ class FixedDepth(AdaptiveDepth):
         return True
 
     def worth(self, n: int) -> int:
+        self._worth = n
         return n
 
     def take(self, rates: Sequence[float]) -> int:
