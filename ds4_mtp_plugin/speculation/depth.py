@@ -60,8 +60,9 @@ _READY_LEAST = 0.5
 # Decodes of one size whose median counts, and the fewest that are believed at first.
 _RECENT, _BELIEVED = 9, 3
 # What was not timed in so many decodes is to be timed again, for the machine may have been busy then: first soon, then
-# each time twice as late, at last seldom. Old times count again where the first new one is no less than this share.
-_STALE, _STALE_AT_LAST, _CONFIRMED = 64, 1024, 0.8
+# each time twice as late, at last seldom; and not before so many times as long has passed, for it may well be as slow
+# again. Old times count again where the first new one is no less than this share.
+_STALE, _STALE_AT_LAST, _STALE_TIMES, _CONFIRMED = 64, 1024, 20, 0.8
 # The same of single rows, counted in cycles: where drafts gain little, one that was timed in a bad moment would make a
 # loss of it, and is never left for long. So many of them decide; times before count no more if these are so much less.
 _REFRESH, _REFRESH_AT_LAST, _LITTLE, _REFRESH_LITTLE, _AGAIN, _FASTER = 32, 256, 1.2, 48, 3, 0.95
@@ -73,14 +74,16 @@ class _Times:
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self.n = self.at = 0
+        self.clock = 0.0
         self.median = self.least = math.inf
         self.stale = False
 
-    def add(self, seconds: float, at: int = 0) -> None:
-        """`at` is the number of decodes until then."""
+    def add(self, seconds: float, at: int, clock: float) -> None:
+        """`at` is the number of decodes until then, `clock` the seconds of all of them."""
         self._recent.append(seconds)
         ordered = sorted(self._recent)
-        self.n, self.at, self.median, self.least = self.n + 1, at, ordered[(len(ordered) - 1) // 2], ordered[0]
+        self.n, self.at, self.clock = self.n + 1, at, clock
+        self.median, self.least = ordered[(len(ordered) - 1) // 2], ordered[0]
 
 
 class AdaptiveDepth:
@@ -115,6 +118,7 @@ class AdaptiveDepth:
         self._enough = _BELIEVED
         # The number of decodes, that at which old times are looked for, and for how many they have not been.
         self._now, self._doubts_at, self._stale = 0, _STALE, _STALE
+        self._clock = 0.0  # the seconds of all decodes
         self._begun: set[tuple[str, int]] = set()  # whose first time was dropped: it builds graphs
         self._rates = [_PRIOR * _DEEPER**i for i in range(n_max)]
         self._seen = [0] * n_max
@@ -215,6 +219,7 @@ class AdaptiveDepth:
     def decoded(self, n_rows: int, seconds: float) -> None:
         """The target decoded so many rows in so many seconds: one row plainly, or a verify."""
         self._now += 1
+        self._clock += seconds
         self._note(self._decodes, "decode", n_rows, seconds)
         if self._now >= self._doubts_at:
             self._doubt()
@@ -279,7 +284,7 @@ class AdaptiveDepth:
         each = times[n]
         before = each.median, each.least, each.stale
         each.stale = False
-        each.add(seconds, self._now)
+        each.add(seconds, self._now, self._clock)
         if each.n <= self._enough or before != (each.median, each.least, False):
             self._changed(drafts=times is self._drafts)
 
@@ -295,7 +300,7 @@ class AdaptiveDepth:
             if faster:
                 self._decodes[1] = _Times()
                 for each in self._again:
-                    self._decodes[1].add(each, self._now)
+                    self._decodes[1].add(each, self._now, self._clock)
                 self._changed(drafts=False)
                 self._refresh = self._calm = _REFRESH
         self._cycles, self._again = 0, []
@@ -328,7 +333,8 @@ class AdaptiveDepth:
         """What was not timed lately, but single rows: those have a time of their own to be timed again."""
         for times in (self._decodes, self._drafts):
             for n, each in times.items():
-                each.stale |= self._now - each.at >= self._stale and (times is self._drafts or n > 1)
+                old = self._now - each.at >= self._stale and self._clock - each.clock >= _STALE_TIMES * each.median
+                each.stale |= old and (times is self._drafts or n > 1)
         self._enough, self._stale = 2, min(2 * self._stale, _STALE_AT_LAST)
         self._doubts_at = self._now + self._stale
         self._changed(drafts=True)

@@ -208,6 +208,18 @@ def test_a_hiccup_of_the_machine_is_not_believed_for_long(after: int, most: int)
     assert run.depths[-20:].count(0) < 5
 
 
+def test_where_verifies_take_for_ever_they_are_seldom_tried_again() -> None:
+    """As where a verify has more threads than there are idle cores."""
+    machine = Machine((1, 100, 120, 140), 20)
+    speeds = []
+    for seed in range(5):
+        run = Run(machine, lambda n: TEXTS["code"], seed).until(50)
+        seconds, tokens = run.seconds, run.tokens
+        run.until(4050)
+        speeds.append((run.tokens - tokens) / (run.seconds - seconds))
+    assert mean_cost(machine, lambda n: TEXTS["code"], 4000, 0) * sum(speeds) / 5 > 0.9
+
+
 def test_a_machine_that_becomes_slower_does_so_for_all_sizes() -> None:
     """What more rows took before that, where they are seldom, says nothing of those since."""
     machine = MACHINES["amx"]
