@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..engine import Best
+from .times import Times
 
 
 @dataclass(frozen=True)
@@ -57,33 +57,10 @@ _PROBES_OWED, _PROBES_FREE, _SOME_TIME = 6, 4, 16
 _READY_SIZES = (1, 2, 3, 4, 5, 7, 11, 16)
 # Where nothing is measured, one that lies ready is verified as long as all up to it are as likely right as this.
 _READY_LEAST = 0.5
-# Decodes of one size whose median counts, and the fewest that are believed at first.
-_RECENT, _BELIEVED = 9, 3
-# What was not timed in so many decodes is to be timed again, for the machine may have been busy then: first soon, then
-# each time twice as late, at last seldom; and not before so many times as long has passed, for it may well be as slow
-# again. Old times count again where the first new one is no less than this share.
-_STALE, _STALE_AT_LAST, _STALE_TIMES, _CONFIRMED = 64, 1024, 20, 0.8
-# The same of single rows, counted in cycles: where drafts gain little, one that was timed in a bad moment would make a
-# loss of it, and is never left for long. So many of them decide; times before count no more if these are so much less.
+# After so many cycles a single row is timed again, at first soon, later seldom. Where drafts gain little, one that was
+# timed in a bad moment would make a loss of it, and is never left for long. So many of them decide; times before count
+# no more if these are so much less.
 _REFRESH, _REFRESH_AT_LAST, _LITTLE, _REFRESH_LITTLE, _AGAIN, _FASTER = 32, 256, 1.2, 48, 3, 0.95
-
-
-class _Times:
-    """Seconds of the last decodes of one size."""
-
-    def __init__(self) -> None:
-        self._recent: deque[float] = deque(maxlen=_RECENT)
-        self.n = self.at = 0
-        self.clock = 0.0
-        self.median = self.least = math.inf
-        self.stale = False
-
-    def add(self, seconds: float, at: int, clock: float) -> None:
-        """`at` is the number of decodes until then, `clock` the seconds of all of them."""
-        self._recent.append(seconds)
-        ordered = sorted(self._recent)
-        self.n, self.at, self.clock = self.n + 1, at, clock
-        self.median, self.least = ordered[(len(ordered) - 1) // 2], ordered[0]
 
 
 class AdaptiveDepth:
@@ -110,16 +87,7 @@ class AdaptiveDepth:
         """
         self.n_max = n_max
         self._at_once = at_once
-        self._decodes: dict[int, _Times] = {}  # by number of rows
-        self._drafts: dict[int, _Times] = {}  # by number of drafts
-        # Of both the medians that are believed, and what follows for all sizes: until the next time is known.
-        self._medians: tuple[dict[int, float], dict[int, float]] = {}, {}
-        self._believed: tuple[dict[int, float], dict[int, float]] = {}, {}
-        self._enough = _BELIEVED
-        # The number of decodes, that at which old times are looked for, and for how many they have not been.
-        self._now, self._doubts_at, self._stale = 0, _STALE, _STALE
-        self._clock = 0.0  # the seconds of all decodes
-        self._begun: set[tuple[str, int]] = set()  # whose first time was dropped: it builds graphs
+        self._times = Times(at_once=at_once)
         self._rates = [_PRIOR * _DEEPER**i for i in range(n_max)]
         self._seen = [0] * n_max
         # The same by the lead of the draft, where one of such a lead was seen.
@@ -150,7 +118,7 @@ class AdaptiveDepth:
         Where that leaves `probing` True, one token is to be drafted all the same, and not verified.
         """
         room, self.probing, self._took, self._leads = min(room, self.n_max), False, False, []
-        if room < 1 or 1 not in self._decodes or self._cycles >= self._refresh:
+        if room < 1 or not self._times.known or self._cycles >= self._refresh:
             return 0
         values = [self._value(self._rates[:k], self._draft(k)) for k in range(room + 1)]
         best = max(range(room + 1), key=values.__getitem__)
@@ -164,7 +132,7 @@ class AdaptiveDepth:
             paid = self._cycles_drafted >= _SOME_TIME
             self._current, self._cycles_drafted = 0, 0
             if paid:
-                self._doubt_soon()
+                self._times.doubt_soon()
             self._budget = _PROBES_FREE * self._draft(1) if paid else min(self._budget, 0.0)
         least = -_PROBES_OWED * self._probe if self._promising else 0.0
         self.probing = self._budget > least and self._could_pay(room)
@@ -194,7 +162,7 @@ class AdaptiveDepth:
         Args:
             rates: for each of them the share of such drafts that are right, where all before it were.
         """
-        if not rates or 1 not in self._decodes or self._cycles >= self._refresh:
+        if not rates or not self._times.known or self._cycles >= self._refresh:
             return 0
         sizes = [k for k in _READY_SIZES if k <= len(rates)]
         values = [self._value(rates[:k]) for k in sizes]
@@ -211,18 +179,14 @@ class AdaptiveDepth:
             self._probe = seconds
             self._budget -= seconds
             if seconds < self._draft(1):  # in spite of what it had to catch up with
-                self._note(self._drafts, "draft", 1, seconds)
+                self._times.drafted(1, seconds)
         elif self._idle == 0:  # else it had to catch up with rows that it did not draft for
-            self._note(self._drafts, "draft", n, seconds)
+            self._times.drafted(n, seconds)
         self._idle = 0
 
     def decoded(self, n_rows: int, seconds: float) -> None:
         """The target decoded so many rows in so many seconds: one row plainly, or a verify."""
-        self._now += 1
-        self._clock += seconds
-        self._note(self._decodes, "decode", n_rows, seconds)
-        if self._now >= self._doubts_at:
-            self._doubt()
+        self._times.decoded(n_rows, seconds)
         if n_rows == 1:
             self._check(seconds)
             self._idle += 1
@@ -266,27 +230,9 @@ class AdaptiveDepth:
 
     def times(self) -> tuple[dict[int, float], dict[int, float]]:
         """Medians of the last times, in seconds: of decodes by their rows, and of drafting by the number of drafts."""
-        of_decodes, of_drafts = (
-            {n: each.median for n, each in sorted(times.items())} for times in (self._decodes, self._drafts)
-        )
-        return of_decodes, of_drafts
+        return self._times.medians()
 
     # -- inside --
-
-    def _note(self, times: dict[int, _Times], kind: str, n: int, seconds: float) -> None:
-        if (kind, n) not in self._begun:
-            self._begun.add((kind, n))
-            return
-        if n not in times or (times[n].stale and seconds < _CONFIRMED * times[n].median):
-            if n in times:
-                self._doubt_soon()
-            times[n] = _Times()
-        each = times[n]
-        before = each.median, each.least, each.stale
-        each.stale = False
-        each.add(seconds, self._now, self._clock)
-        if each.n <= self._enough or before != (each.median, each.least, False):
-            self._changed(drafts=times is self._drafts)
 
     def _check(self, seconds: float) -> None:
         """A single row took so long. Where it was due to be timed again and was no faster than is believed, one is
@@ -298,47 +244,10 @@ class AdaptiveDepth:
                 return
             self._refresh = self._calm = min(2 * self._calm, _REFRESH_AT_LAST)
             if faster:
-                self._decodes[1] = _Times()
-                for each in self._again:
-                    self._decodes[1].add(each, self._now, self._clock)
-                self._changed(drafts=False)
+                self._times.replace_single(self._again)
                 self._refresh = self._calm = _REFRESH
         self._cycles, self._again = 0, []
-        self._single_before = self._decodes[1].median if 1 in self._decodes else math.inf
-
-    def _changed(self, drafts: bool) -> None:
-        """A time of drafts, or of decodes, is new or too old.
-
-        None is believed to take longer than what had more rows since: another process was in the way. Single rows count
-        from the first on.
-        """
-        of_decodes, of_drafts = self._medians
-        times = self._drafts if drafts else self._decodes
-        medians = {n: each.median for n, each in times.items() if each.n >= self._enough and not each.stale}
-        if drafts:
-            of_drafts = medians
-        else:
-            if 1 in times:
-                medians[1] = times[1].median
-            of_decodes = {
-                n: min(least for m, least in medians.items() if m >= n and times[m].at >= times[n].at) for n in medians
-            }
-        self._medians = of_decodes, of_drafts
-        self._believed = (self._believed[0] if drafts else of_decodes.copy()), {}
-
-    def _doubt_soon(self) -> None:
-        self._stale, self._doubts_at = _STALE, self._now + _STALE
-
-    def _doubt(self) -> None:
-        """What was not timed lately, but single rows: those have a time of their own to be timed again."""
-        for times in (self._decodes, self._drafts):
-            for n, each in times.items():
-                old = self._now - each.at >= self._stale and self._clock - each.clock >= _STALE_TIMES * each.median
-                each.stale |= old and (times is self._drafts or n > 1)
-        self._enough, self._stale = 2, min(2 * self._stale, _STALE_AT_LAST)
-        self._doubts_at = self._now + self._stale
-        self._changed(drafts=True)
-        self._changed(drafts=False)
+        self._single_before = self._times.single
 
     def _value(self, rates: Sequence[float], seconds: float = 0.0) -> float:
         """Tokens per second with drafts of such rates, which take so many seconds to make."""
@@ -357,56 +266,17 @@ class AdaptiveDepth:
             gains.append(expected - self._pace * self._decode(len(gains) + 1))
         return gains
 
+    def _decode(self, n_rows: int) -> float:
+        return self._times.decode(n_rows)
+
+    def _draft(self, k: int) -> float:
+        return self._times.draft(k)
+
     def _could_pay(self, room: int) -> bool:
         """Whether any depth would, were every draft right."""
         return any(
             self._value((1.0,) * k, self._draft(k)) > self._value(()) * (1 + _HYSTERESIS) for k in range(1, room + 1)
         )
-
-    def _decode(self, n_rows: int) -> float:
-        """Seconds of a decode: measured, or a little less than what the measured ones suggest, so that it is tried."""
-        believed = self._believed[0]
-        if n_rows not in believed:
-            medians, tried = self._medians[0], self._decodes.get(n_rows)
-            bounds = [median for n, median in medians.items() if n > n_rows]
-            if tried is not None:
-                bounds.append(tried.least)
-            believed[n_rows] = min(self._guess(n_rows, medians), *bounds, math.inf)
-        return believed[n_rows]
-
-    def _guess(self, n_rows: int, medians: dict[int, float]) -> float:
-        below = max(n for n in medians if n < n_rows)
-        above = min((n for n in medians if n > n_rows), default=None)
-        if above is not None:
-            slope = 0.4 * (medians[above] - medians[below]) / (above - below)
-        elif below > 1:
-            slope = 0.8 * (medians[below] - medians[1]) / (below - 1)
-        else:
-            slope = 0.15 * medians[1]
-        return medians[below] + max(0.0, slope) * (n_rows - below)
-
-    def _draft(self, k: int) -> float:
-        """Seconds of k drafts: measured, or in proportion to the nearest number that is.
-
-        None take longer than more of them, nor than one does k times.
-        """
-        if k == 0:
-            return 0.0
-        believed = self._believed[1]
-        if k not in believed:
-            medians, seconds = self._medians[1], math.inf
-            at = self._drafts[k].at if k in medians else 0
-            for n, median in medians.items():
-                if self._drafts[n].at >= at:
-                    seconds = min(seconds, median if n >= k or self._at_once else median * k / n)
-            if k not in medians and medians and not self._at_once:
-                near = min(medians, key=lambda n: abs(n - k))
-                seconds = min(seconds, medians[near] * k / near)
-            elif not medians:
-                per_draft = (each.least / (1 if self._at_once else n) for n, each in self._drafts.items())
-                seconds = min(0.1 * self._decode(1), *per_draft, math.inf) * (1 if self._at_once else k)
-            believed[k] = seconds
-        return believed[k]
 
 
 @dataclass(frozen=True)
@@ -443,7 +313,7 @@ class NominalDepth(AdaptiveDepth):
         super().__init__(n_max, at_once=at_once)
         self._costs = costs
         for _ in range(2):  # the first one is not believed
-            self._note(self._decodes, "decode", 1, 1.0)
+            self._times.decoded(1, 1.0)
 
     def drafted(self, n: int, seconds: float) -> None:
         super().drafted(n, self._draft(n))
