@@ -253,6 +253,8 @@ class Context:
         self._layers_on = False
         self._hidden_mode: int | None = None  # None where it is not known
         self._best = ffi.new("struct ds4_mtp_best *")
+        row = np.empty((1, self.n_embd_out), dtype=np.float32)
+        self._row = row, ffi.from_buffer("float[]", row)
         self._picker: Any = None
 
     def close(self) -> None:
@@ -375,16 +377,28 @@ class Context:
         if not self._lib.ds4_mtp_get_hidden(self._ptr, i, ffi.from_buffer("float[]", out)):
             raise NoSuchRow(f"the last decode kept no hidden row {i}")
 
-    def hidden_rows(self, first: int, n: int) -> Floats:
+    def hidden_rows(self, first: int, n: int, *, lasting: bool = True) -> Floats:
         """Hidden rows of batch rows first, first + 1, ... of the last decode: a copy, shape (n, n_hidden).
+
+        Args:
+            lasting: else the next such call overwrites it.
 
         Raises:
             NoSuchRow: the last decode kept fewer rows.
         """
+        if not self._layers:
+            # Behind a decode the caches are cold: to allocate takes as long as to copy.
+            if lasting or n != 1:
+                rows = np.empty((n, self.n_embd_out), dtype=np.float32)
+                out = ffi.from_buffer("float[]", rows)
+            else:
+                rows, out = self._row
+            for i in range(n):
+                if not self._lib.ds4_mtp_get_hidden(self._ptr, first + i, out + i * self.n_embd_out):
+                    raise NoSuchRow(f"the last decode kept no hidden row {first + i}")
+            return rows
         rows = np.empty((n, self.n_hidden), dtype=np.float32)
         for i in range(n):
-            if not self._layers:
-                self.hidden(first + i, rows[i])
             for il, row in zip(self._layers, rows[i].reshape(-1, self.n_embd)):
                 if not self._lib.ds4_mtp_get_layer_input(self._ptr, il, first + i, ffi.from_buffer("float[]", row)):
                     raise NoSuchRow(f"the last decode kept no input of layer {il} for row {first + i}")
@@ -472,6 +486,9 @@ class Batch:
         self._seq_id = np.zeros(1, dtype=np.int32)
         self._seq_ids = ffi.new("llama_seq_id *[]", [ffi.from_buffer("llama_seq_id[]", self._seq_id)] * n_max)
         self._embd = np.zeros((n_max, n_embd_out), dtype=np.float32) if n_embd_out else None
+        self._steps = np.arange(n_max, dtype=np.int32)
+        # What `set` finds set already.
+        self._shape: tuple[int, str] | None = None
         self.struct = ffi.new("llama_batch *")
         if tokens:
             self.struct.token = ffi.from_buffer("llama_token[]", self._token)
@@ -499,10 +516,16 @@ class Batch:
         n = len(tokens)
         if not 0 < n <= self.n_max:
             raise ValueError(f"{n} rows in a batch of {self.n_max}")
-        self._token[:n] = tokens
-        self._pos[:n] = np.arange(n_past, n_past + n)
         self._seq_id[0] = seq_id
-        self._output[:n] = outputs == "all"
-        self._output[n - 1] = 1
-        self.struct.n_tokens = n
+        if n == 1:
+            self._token[0], self._pos[0] = tokens[0], n_past
+        else:
+            self._token[:n] = tokens
+            np.add(self._steps[:n], n_past, out=self._pos[:n])
+        if self._shape != (n, outputs):
+            self._shape = None
+            self._output[:n] = outputs == "all"
+            self._output[n - 1] = 1
+            self.struct.n_tokens = n
+            self._shape = n, outputs
         return self

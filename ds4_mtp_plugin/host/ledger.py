@@ -41,7 +41,8 @@ class Ledger:
         """The Llama evaluated n tokens at position n_past in one batch. What lay behind n_past is gone."""
         if n_past > self.known:
             return  # behind rows that the Llama does not know
-        self._large = [(p, min(rows, n_past - p)) for p, rows in self._large if p < n_past]
+        if self._large and sum(self._large[-1]) > n_past:
+            self._large = [(p, min(rows, n_past - p)) for p, rows in self._large if p < n_past]
         if n > self._single_rows:
             self._large.append((n_past, n))
         self.known = n_past + n

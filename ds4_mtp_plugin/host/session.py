@@ -141,7 +141,7 @@ class Session:
 
     def eval(self, llama: Llama, host_eval: Callable[[Sequence[int]], None], tokens: Sequence[int]) -> None:
         self.check_open()
-        generation = self._running
+        t0, generation = self._clock(), self._running
         token = tokens[0] if generation is not None and len(tokens) == 1 else None
         # What is no token of the vocabulary is the host's to refuse.
         if (
@@ -152,15 +152,14 @@ class Session:
             if self._advance(llama, int(token)):
                 return
             self.settle()
-            if generation.drafting and self._speculate(llama, int(token), generation):
+            if generation.drafting and self._speculate(llama, int(token), generation, t0):
                 return
             self.settle()  # what a verify that failed has left is not known
             self._spec.counters.plain += 1
-            t0 = time.perf_counter()
             self._eval_chunk(llama, host_eval, tokens, keep=1)
             if generation.drafting:
                 self._spec.target.wait()
-                self._depth.decoded(1, time.perf_counter() - t0)
+                self._depth.decoded(1, self._clock() - t0)
             return
         tokens = self._resume(llama, tokens)
         self.settle()
@@ -308,6 +307,10 @@ class Session:
                 stacklevel=2,
             )
 
+    def _clock(self) -> float:
+        """Seconds, of which those that the drafter takes are left out."""
+        return time.perf_counter() - self._spec.counters.draft_s
+
     def _forget(self) -> None:
         self._verify = None
         self._ledger.forget()
@@ -325,8 +328,12 @@ class Session:
             self._commit(llama, token, verify)
         return True
 
-    def _speculate(self, llama: Llama, token: int, generation: Generation) -> bool:
-        """Evaluate `token` together with what may follow it; False where it is to be evaluated alone."""
+    def _speculate(self, llama: Llama, token: int, generation: Generation, t0: float) -> bool:
+        """Evaluate `token` together with what may follow it; False where it is to be evaluated alone.
+
+        Args:
+            t0: when the host asked for it (`_clock`).
+        """
         n_past = llama.n_tokens
         if self._spec.target.seq_pos_max(_SEQ) != n_past - 1:
             return False  # the app changed one of them: what a plain run makes of that is the host's affair
@@ -339,7 +346,7 @@ class Session:
             n_max = n_max or int(depth.probing)
             if n_max == 0:
                 return False
-            t0 = time.perf_counter()
+            drafting = time.perf_counter()
             try:
                 drafts = self._spec.draft(_SEQ, n_past, token, n_max, depth.more)
             except _FAILURES as err:
@@ -348,13 +355,12 @@ class Session:
                 return False
             if not drafts:
                 return False
-            depth.drafted(len(drafts), time.perf_counter() - t0)
+            depth.drafted(len(drafts), time.perf_counter() - drafting)
             n_worth = depth.worth(len(drafts))
             if n_worth == 0:
                 self._unverified = n_past + 1, drafts[0]
                 return False
             del drafts[n_worth:]
-        t0 = time.perf_counter()
         try:
             with self._ledger.changing():
                 self._verify = self._spec.verify(_SEQ, n_past, token, drafts, ready=n_ready > 0)
@@ -363,7 +369,7 @@ class Session:
             self._spec.target.check_servers()  # without the model there is no plain decoding either
             self._give_up(f"verifying failed: {err}")
             return False
-        depth.decoded(len(drafts) + 1, time.perf_counter() - t0)
+        depth.decoded(len(drafts) + 1, self._clock() - t0)
         return True
 
     def _commit(self, llama: Llama, token: int, verify: Verify) -> None:
@@ -400,7 +406,7 @@ class Session:
             raise
         if drafting:
             try:
-                hidden = target.hidden_rows(len(chunk) - keep, keep)
+                hidden = target.hidden_rows(len(chunk) - keep, keep, lasting=False)
                 self._spec.process(_SEQ, n_past, chunk, hidden)
             except _FAILURES as err:
                 self._give_up(f"keeping hidden rows failed: {err}")

@@ -61,6 +61,8 @@ _READY_LEAST = 0.5
 # timed in a bad moment would make a loss of it, and is never left for long. So many of them decide; times before count
 # no more if these are so much less.
 _REFRESH, _REFRESH_AT_LAST, _LITTLE, _REFRESH_LITTLE, _AGAIN, _FASTER = 32, 256, 1.2, 48, 3, 0.95
+# Behind so many single rows the time of one in so many is learned: Python takes a share of a small model's token.
+_QUIET, _QUIETLY = 8, 4
 
 
 class AdaptiveDepth:
@@ -88,15 +90,21 @@ class AdaptiveDepth:
         self.n_max = n_max
         self._at_once = at_once
         self._times = Times(at_once=at_once)
+        self._table_of, self._table_then = -1, ([0.0], [0.0])  # of which version of the times
         self._rates = [_PRIOR * _DEEPER**i for i in range(n_max)]
         self._seen = [0] * n_max
         # The same by the lead of the draft, where one of such a lead was seen.
         self._led: list[dict[int, tuple[float, int]]] = [{} for _ in range(n_max)]
         self._leads: list[int] = []  # of the drafts of this cycle
         self._pace = 0.0  # tokens per second, of the best depth on average
+        # Of the drafts of this cycle: whether the last one is right, the tokens that a verify gives, and for 0, 1, ...
+        # drafts those beyond what its time gives on average.
+        self._share = self._expected = 1.0
+        self._gains: list[float] = []
         self._most = n_max  # how many drafts there is room for in this cycle
         self._worth = 0  # how many of them are verified
         self._current = n_max
+        self._vain = 0  # with so many drafts, or fewer, drafting is known not to pay, and nothing was learned since
         self._cycles = 0  # since a single row was timed
         self._refresh = self._calm = _REFRESH  # as many of them until it is again, if drafts gain much
         self._again: list[float] = []  # the times of that
@@ -120,14 +128,24 @@ class AdaptiveDepth:
         room, self.probing, self._took, self._leads = min(room, self.n_max), False, False, []
         if room < 1 or not self._times.known or self._cycles >= self._refresh:
             return 0
-        values = [self._value(self._rates[:k], self._draft(k)) for k in range(room + 1)]
-        best = max(range(room + 1), key=values.__getitem__)
-        if self._current == 0 and values[best] <= values[0] * (1 + _HYSTERESIS):
-            best = 0
-        self._refresh = self._calm if values[best] > _LITTLE * values[0] else min(self._calm, _REFRESH_LITTLE)
-        if best > 0:
-            self._current, self._pace, self._most = best, values[best], room
-            return room
+        if room > self._vain:
+            decodes, drafting = self._table()
+            best, plain = 0, 1 / decodes[0]
+            most, expected, share = plain, 1.0, 1.0
+            for k in range(1, room + 1):
+                share *= self._rates[k - 1]
+                expected += share
+                if (value := expected / (decodes[k] + drafting[k])) > most:
+                    best, most = k, value
+            if self._current == 0 and most <= plain * (1 + _HYSTERESIS):
+                best = 0
+            self._refresh = self._calm if best > 0 and most > _LITTLE * plain else min(self._calm, _REFRESH_LITTLE)
+            if best > 0:
+                self._current, self._pace, self._most = best, most, room
+                self._share = self._expected = 1.0
+                self._gains = [1.0 - most * decodes[0]]
+                return room
+            self._vain = room
         if self._current > 0:
             paid = self._cycles_drafted >= _SOME_TIME
             self._current, self._cycles_drafted = 0, 0
@@ -140,20 +158,29 @@ class AdaptiveDepth:
 
     def more(self, best: Best) -> bool:
         """The head drafted `best`, behind what it drafted before in this cycle: whether one more is to be drafted."""
-        self._leads.append(bisect.bisect(_LEADS, best.margin))
-        made = len(self._leads)
-        if made >= self._most:
+        lead, made = bisect.bisect(_LEADS, best.margin), len(self._leads) + 1
+        self._leads.append(lead)
+        if self.probing:
             return False
-        if self._at_once:
-            return True
-        gains = self._gains([*self._known(), *self._rates[made : self._most]])
-        stop, spent = max(gains[: made + 1]), self._draft(made)
-        return any(gains[k] - self._pace * (self._draft(k) - spent) > stop for k in range(made + 1, len(gains)))
+        rate, _ = self._led[made - 1].get(lead, (self._rates[made - 1], 0))
+        self._share *= rate
+        self._expected += self._share
+        decodes, drafting = self._table()
+        self._gains.append(self._expected - self._pace * decodes[made])
+        if made >= self._most or self._at_once:
+            return made < self._most
+        expected, share, stop = self._expected, self._share, max(self._gains)
+        for k in range(made + 1, self._most + 1):
+            share *= self._rates[k - 1]
+            expected += share
+            if expected - self._pace * (decodes[k] + drafting[k] - drafting[made]) > stop:
+                return True
+        return False
 
     def worth(self, n: int) -> int:
         """How many of the `n` drafts of the head to verify; 0 for a plain decode, beside which the first is counted."""
-        gains = self._gains([] if self.probing else self._known()[:n])
-        self._worth = gains.index(max(gains))
+        gains = self._gains[: n + 1]
+        self._worth = 0 if self.probing else gains.index(max(gains))
         return self._worth
 
     def take(self, rates: Sequence[float]) -> int:
@@ -186,13 +213,20 @@ class AdaptiveDepth:
 
     def decoded(self, n_rows: int, seconds: float) -> None:
         """The target decoded so many rows in so many seconds: one row plainly, or a verify."""
-        self._times.decoded(n_rows, seconds)
         if n_rows == 1:
-            self._check(seconds)
+            idle = (self._vain > 0 or self.n_max == 0) and self._cycles == 0 and self._idle >= _QUIET
+            if idle and self._idle % _QUIETLY > 0:
+                self._times.passed(seconds)
+            else:
+                self._times.decoded(1, seconds)
+                self._check(seconds)
+                self._vain = 0
             self._idle += 1
             self._since_right += 1
             self._budget += (_PROBE_SHARE if self._since_right > _LATELY else _PROBE_SHARE_LATELY) * seconds
         else:
+            self._times.decoded(n_rows, seconds)
+            self._vain = 0
             self._cycles += 1
             if self._took:
                 self._idle += 1
@@ -253,18 +287,12 @@ class AdaptiveDepth:
         """Tokens per second with drafts of such rates, which take so many seconds to make."""
         return _expected(rates) / (self._decode(len(rates) + 1) + seconds)
 
-    def _known(self) -> list[float]:
-        """For each draft of this cycle the share of those that are as sure which are right."""
-        return [led[lead][0] if lead in led else rate for rate, led, lead in zip(self._rates, self._led, self._leads)]
-
-    def _gains(self, rates: Sequence[float]) -> list[float]:
-        """Tokens that a verify of 0, 1, ... drafts of such rates gives beyond what its time gives on average."""
-        expected, share, gains = 1.0, 1.0, [1.0 - self._pace * self._decode(1)]
-        for rate in rates:
-            share *= rate
-            expected += share
-            gains.append(expected - self._pace * self._decode(len(gains) + 1))
-        return gains
+    def _table(self) -> tuple[list[float], list[float]]:
+        """Seconds of decodes of 1, 2, ... rows, and of 0, 1, ... drafts of the head."""
+        if self._table_of != self._times.version:
+            self._table_of, sizes = self._times.version, range(self.n_max + 1)
+            self._table_then = [self._decode(k + 1) for k in sizes], [self._draft(k) for k in sizes]
+        return self._table_then
 
     def _decode(self, n_rows: int) -> float:
         return self._times.decode(n_rows)

@@ -13,6 +13,9 @@ _RECENT, _BELIEVED = 9, 3
 # again. Old times count again where the first new one is no less than this share.
 _STALE, _STALE_AT_LAST, _STALE_TIMES, _CONFIRMED = 64, 1024, 20, 0.8
 
+# A median that moves by no more than this share of what is believed changes nothing.
+_NEGLIGIBLE = 0.01
+
 
 class _Size:
     """Seconds of the last decodes of one size."""
@@ -53,6 +56,7 @@ class Times:
         # The number of decodes, that at which old times are looked for, and for how many they have not been.
         self._now, self._doubts_at, self._stale = 0, _STALE, _STALE
         self._clock = 0.0  # the seconds of all decodes
+        self.version = 0  # of what is believed
         self._begun: set[tuple[str, int]] = set()  # whose first time was dropped: it builds graphs
 
     @property
@@ -72,6 +76,11 @@ class Times:
         self._note(self._decodes, "decode", n_rows, seconds)
         if self._now >= self._doubts_at:
             self._doubt()
+
+    def passed(self, seconds: float) -> None:
+        """A decode took so many seconds, of which nothing is learned."""
+        self._now += 1
+        self._clock += seconds
 
     def drafted(self, n: int, seconds: float) -> None:
         """n drafts took so many seconds."""
@@ -140,10 +149,10 @@ class Times:
                 self.doubt_soon()
             times[n] = _Size()
         each = times[n]
-        before = each.median, each.least, each.stale
-        each.stale = False
+        was_stale, each.stale = each.stale, False
         each.add(seconds, self._now, self._clock)
-        if each.n <= self._enough or before != (each.median, each.least, False):
+        believed = self._medians[times is self._drafts].get(n, math.inf)
+        if each.n <= self._enough or was_stale or abs(each.median - believed) > _NEGLIGIBLE * believed:
             self._changed(drafts=times is self._drafts)
 
     def _changed(self, drafts: bool) -> None:
@@ -152,6 +161,7 @@ class Times:
         None is believed to take longer than what had more rows since: another process was in the way. Single rows count
         from the first on.
         """
+        self.version += 1
         of_decodes, of_drafts = self._medians
         times = self._drafts if drafts else self._decodes
         medians = {n: each.median for n, each in times.items() if each.n >= self._enough and not each.stale}

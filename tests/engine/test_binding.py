@@ -96,6 +96,31 @@ def test_hidden_rows_are_the_same_in_every_mode(trunk: engine.Context, n: int) -
     np.testing.assert_array_equal(rows[engine.HIDDEN_OUTPUTS], rows[engine.HIDDEN_ALL])
 
 
+def test_a_hidden_row_that_does_not_last_is_the_same_one(trunk: engine.Context) -> None:
+    trunk.set_hidden(engine.HIDDEN_OUTPUTS)
+    rows = []
+    for n_past, token in enumerate((300, 301)):
+        trunk.decode(engine.Batch(1).set([token], n_past, 0))
+        rows.append((trunk.hidden_rows(0, 1), trunk.hidden_rows(0, 1, lasting=False)))
+        np.testing.assert_array_equal(*rows[-1])
+    assert rows[0][1] is rows[1][1]
+    assert not np.array_equal(rows[0][0], rows[1][0])
+
+
+def test_a_batch_that_is_used_again_has_the_outputs_that_are_asked_for(trunk: engine.Context) -> None:
+    batch = engine.Batch(4)
+    for n, outputs in ((3, "all"), (3, "last"), (2, "last"), (3, "last"), (1, "last"), (4, "all"), (3, "all")):
+        trunk.seq_rm(0, -1)
+        trunk.decode(batch.set(list(range(300, 300 + n)), 0, 0, outputs=outputs))
+        for i in range(n):
+            if outputs == "all" or i == n - 1:
+                trunk.logits(i)
+            else:
+                with pytest.raises(IndexError):
+                    trunk.logits(i)
+        assert trunk.seq_pos_max(0) == n - 1
+
+
 def test_a_head_that_is_not_there_is_refused(trunk: engine.Context, library: engine.Library) -> None:
     assert not library.lib.ds4_mtp_set_head_offset(trunk._ptr, 0)
     assert not library.lib.ds4_mtp_set_head_offset(trunk._ptr, -1)

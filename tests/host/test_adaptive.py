@@ -66,6 +66,33 @@ def script(llm: Llama, *said: Any) -> Scripted:
     return session._depth
 
 
+def test_a_cycle_takes_what_it_takes_the_app_less_what_the_drafter_takes(
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = plant(acceptance=0.0)
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, ngram=False))
+    session, decoded, drafted = session_of(llm), [], []
+    assert session is not None
+    depth = script(llm, 2)
+    monkeypatch.setattr(depth, "decoded", lambda n_rows, seconds: decoded.append(seconds))
+    monkeypatch.setattr(depth, "drafted", lambda n, seconds: drafted.append(seconds))
+
+    def slowly(function: Callable[..., Any], by: float) -> Callable[..., Any]:
+        def slow(*args: Any) -> Any:
+            time.sleep(by)
+            return function(*args)
+
+        return slow
+
+    spec = session._spec
+    monkeypatch.setattr(spec, "accept", slowly(spec.accept, 0.05))
+    monkeypatch.setattr(spec.drafter, "draft", slowly(spec.drafter.draft, 0.5))
+    generate(llm, files.cycle[:30].tolist(), 8)
+    assert min(drafted) >= 0.5
+    assert min(decoded[1:]) >= 0.05  # the first has no verify behind it to close
+    assert min(decoded) < 0.5
+
+
 @pytest.mark.parametrize("sampling", [{"temp": 0.0}, {"temp": 1.0}], ids=["greedy", "seeded"])
 @pytest.mark.parametrize("acceptance", [0.0, 0.5, 1.0])
 def test_the_text_is_plain(llama: Make, plant: Plant, acceptance: float, sampling: dict[str, Any]) -> None:

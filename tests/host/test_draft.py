@@ -265,7 +265,7 @@ def test_a_failure_inside_is_told_once_and_changes_no_text(
     owner, name, result = {
         "verify": (spec.target, "decode", engine.DecodeError("injected", -3)),
         "verify, memory": (spec.target, "decode", engine.DecodeError("injected, and the memory with it", -3)),
-        "hidden rows": (spec.target, "hidden", engine.NoSuchRow("injected")),  # the prompt's three come first
+        "hidden rows": (spec.target, "hidden_rows", engine.NoSuchRow("injected")),  # the prompt's come first
         "draft": (head, "decode", engine.DecodeError("injected", -3)),
         "draft's row": (head, "best", engine.NoSuchRow("injected")),
         "head's hidden row": (head, "hidden", engine.NoSuchRow("injected")),

@@ -98,7 +98,7 @@ assert not any(hasattr(vars(w.owner)[w.name].__wrapped__, '__wrapped__') for w i
 
 
 @pytest.mark.parametrize("kind", [Deadline, RuntimeError, ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("where", ["decode", "hidden", "process", "draft", "seq_rm"])
+@pytest.mark.parametrize("where", ["decode", "hidden_rows", "process", "draft", "seq_rm"])
 def test_an_exception_from_outside_reaches_the_app(
     both: tuple[Llama, Llama], monkeypatch: pytest.MonkeyPatch, where: str, kind: Any
 ) -> None:
@@ -107,10 +107,10 @@ def test_an_exception_from_outside_reaches_the_app(
     owner = {"process": spec.drafter, "draft": spec.drafter}.get(where, spec.target)
     original, calls = getattr(owner, where), 0
 
-    def interrupted(*args: Any) -> Any:
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        result = original(*args)
+        result = original(*args, **kwargs)
         if calls == 5:
             raise kind("the app's")
         return result

@@ -11,6 +11,7 @@ import pytest
 
 from ds4_mtp_plugin.engine import Best
 from ds4_mtp_plugin.speculation import CPU_COSTS, GPU_COSTS, AdaptiveDepth, FixedDepth, NominalDepth
+from ds4_mtp_plugin.speculation import depth as depth_module
 
 N_MAX = 3
 
@@ -241,6 +242,60 @@ def test_single_rows_are_timed_seldom_beside_drafts_of_the_text() -> None:
         depth.decoded(n + 1, 1 + 0.1 * n)
         singles += n == 0
     assert singles < 40
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_that_drafting_does_not_pay_is_remembered_as_long_as_nothing_is_learned(
+    machine: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(depth_module, "_QUIET", math.inf)  # else the times of some rows are not learned
+    it, forgetful = AdaptiveDepth(N_MAX), AdaptiveDepth(N_MAX)
+    rng, costs = random.Random(1), MACHINES[machine]
+    for _ in range(2000):
+        forgetful._vain = 0
+        offered = [0.9] * rng.choice((0, 0, 0, 3))
+        (most, n, _), other = ((d.choose(N_MAX), d.take(offered), d.probing) for d in (it, forgetful))
+        assert (most, n, it.probing) == other
+        made = 1 if it.probing else most if n == 0 else 0
+        rows = costs.decodes[n] * rng.uniform(1, 1.3)
+        outcomes = [rng.random() < rate for rate in TEXTS[text]]
+        for depth in (it, forgetful):
+            k = n
+            if made:
+                k = made
+                while len(depth._leads) < made:
+                    depth.more(SURE)
+                depth.drafted(made, made * costs.step)
+                k = depth.worth(made)
+            depth.decoded(k + 1, rows * costs.decodes[k] / costs.decodes[n])
+            for position in range(min(made, max(k, 1))):
+                depth.outcome(position, outcomes[position])
+                if not outcomes[position]:
+                    break
+
+
+@pytest.mark.parametrize("n_max", [0, N_MAX])
+def test_where_nothing_is_drafted_few_times_are_learned_and_a_slower_machine_is_noticed(n_max: int) -> None:
+    depth, learned = Run(MACHINES["amx"], lambda n: (0.0, 0.0, 0.0), depth=AdaptiveDepth(n_max)).until(500).depth, []
+
+    def single(seconds: float) -> None:
+        depth.choose(n_max)
+        if depth.probing:
+            depth.drafted(1, 0.2)
+            depth.worth(1)
+        before = depth._times._decodes[1].n if depth._times.known else 0
+        depth.decoded(1, seconds)
+        learned.append(depth._times.known and depth._times._decodes[1].n > before)
+        if depth.probing:
+            depth.outcome(0, False)
+
+    for _ in range(1000):
+        single(1.0)
+    assert 250 <= sum(learned) < (260 if n_max == 0 else 600)  # behind each probe all are, for a while
+    for _ in range(40):
+        single(2.0)
+    assert depth.times()[0][1] == 2.0
 
 
 def test_a_fixed_depth_knows_how_often_its_drafts_are_right() -> None:

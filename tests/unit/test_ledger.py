@@ -29,6 +29,9 @@ def test_what_lies_behind_a_cut_is_gone() -> None:
     ledger.evaluated(6, 0)  # a cut alone
     assert ledger.known == 6
     assert list(ledger.batches()) == [(0, 6)]
+    ledger.evaluated(0, 10)
+    ledger.evaluated(5, 1)  # into the last batch
+    assert list(ledger.batches()) == [(0, 5), (5, 6)]
 
 
 def test_rows_behind_what_the_llama_does_not_know_are_not_known() -> None:

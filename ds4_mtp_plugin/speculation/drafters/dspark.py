@@ -72,8 +72,8 @@ class DsparkDrafter(RowDrafter):
         try:
             self._make_room(seq_id, s, start, n_past + self._n_block)
             if start < n_past:
-                at = np.arange(start, n_past) % self.window
-                self._rows.embd[: len(at)] = s.hidden[at]
+                at = self._places(start, n_past)
+                self._rows.embd[: n_past - start] = s.hidden[at]
                 self._context.decode(self._rows.set(s.tokens[at].tolist(), start, seq_id))
                 self.n_decodes += 1
             s.kv_hi = n_past

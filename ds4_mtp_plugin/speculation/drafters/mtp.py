@@ -15,8 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from ...engine import HIDDEN_OUTPUTS, Batch, Context
 from ..depth import Gate
 from .drafter import More
@@ -62,8 +60,8 @@ class MtpDrafter(RowDrafter):
         try:
             self._make_room(seq_id, s, start, n_past + n_max)
             n = n_past - start + 1
-            self._batch.embd[:n] = s.hidden[np.arange(start - 1, n_past) % self.window]
-            tokens = [*s.tokens[np.arange(start, n_past) % self.window].tolist(), id_last]
+            self._batch.embd[:n] = s.hidden[self._places(start - 1, n_past)]
+            tokens = [*s.tokens[self._places(start, n_past)].tolist(), id_last]
             while True:
                 self._context.decode(self._batch.set(tokens, start, seq_id))
                 self.n_decodes += 1

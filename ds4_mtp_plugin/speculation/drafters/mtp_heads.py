@@ -70,9 +70,9 @@ class MtpHeadsDrafter(RowDrafter):
                 if s.kv_hi > start and not self._context.seq_rm(seq_id, start):
                     raise EngineError(f"the engine refused to remove positions {start} and up from the head's memory")
                 of_text = n_past - start + 1
-                self._batch.embd[:of_text] = s.hidden[np.arange(start - 1, n_past) % self.window]
+                self._batch.embd[:of_text] = s.hidden[self._places(start - 1, n_past)]
                 self._batch.embd[of_text : of_text + head] = made[:head]
-                tokens = [*s.tokens[np.arange(start, n_past) % self.window].tolist(), id_last, *drafts]
+                tokens = [*s.tokens[self._places(start, n_past)].tolist(), id_last, *drafts]
                 self._context.set_head(head)
                 self._context.decode(self._batch.set(tokens, start, seq_id))
                 self.n_decodes += 1

@@ -67,18 +67,18 @@ class _Sequence:
         n = len(self.before)
         if n < _SHORTEST - 1:
             return 0, 0
-        tokens = [*self.tokens[max(0, n - _LONGEST + 1) : n], token]
-        place, found, longest = self.last.get(_key(tokens[-_SHORTEST:]), -1), 0, 0
+        tokens = self.tokens
+        place, found, longest = self.last.get(_key([*tokens[n - _SHORTEST + 1 : n], token]), -1), 0, 0
         for _ in range(_PLACES):
             if not _SHORTEST - 1 <= place < n:
                 break
-            same = 0
-            for a, b in zip(reversed(self.tokens[max(0, place - _LONGEST + 1) : place + 1]), reversed(tokens)):
-                if a != b:
-                    break
-                same += 1
-            if same > longest:
-                found, longest = place + 1, same
+            same, most = int(tokens[place] == token), min(place + 1, _LONGEST)
+            # What is no longer than the longest differs from it at this token at the latest, or ends before.
+            if same and longest < most and (longest == 0 or tokens[place - longest] == tokens[n - longest]):
+                while same < most and tokens[place - same] == tokens[n - same]:
+                    same += 1
+                if same > longest:
+                    found, longest = place + 1, same
             place = self.before[place]
         return found, longest if longest >= _SHORTEST else 0
 

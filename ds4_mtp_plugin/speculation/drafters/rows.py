@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from ...engine import Context, EngineError, Floats
 from ..depth import Gate
@@ -72,7 +73,7 @@ class RowDrafter:
         if s.hi != first:
             s.lo = s.hi = first
         s.lo = max(s.lo, end - self.window)
-        at = np.arange(first, end) % self.window
+        at = self._places(first, end)
         s.tokens[at] = tokens[len(tokens) - n :]
         s.hidden[at] = hidden[len(hidden) - n :]
         s.hi = end
@@ -90,6 +91,11 @@ class RowDrafter:
             raise EngineError("the drafter is closed")  # asking the engine would crash
         s = self._sequences.get(seq_id)
         return None if s is None or s.hi != n_past or s.lo >= s.hi else s
+
+    def _places(self, first: int, end: int) -> slice | npt.NDArray[np.intp]:
+        """Where the ring has the positions first <= p < end, no more than it holds."""
+        at, n = first % self.window, end - first
+        return slice(at, at + n) if at + n <= self.window else np.arange(first, end) % self.window
 
     def rollback(self, seq_id: int, n_past: int) -> None:
         s = self._sequences.get(seq_id)
