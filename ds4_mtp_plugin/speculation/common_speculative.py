@@ -76,8 +76,8 @@ class Verify:
 class CommonSpeculative:
     """Speculation over a target context and a drafter, for any number of sequences of the target.
 
-    It holds no state of a sequence: a `Verify` is the caller's until it is accepted, and between the two no other
-    decode of that sequence may come.
+    A sequence's state is not here: a `Verify` is the caller's until it is accepted, and between the two no other decode
+    of that sequence may come.
     """
 
     def __init__(
@@ -111,6 +111,9 @@ class CommonSpeculative:
         self._within = within
         self.counters = Counters(n_draft if n_asked is None else n_asked)
         self._batch = Batch(n_draft + 1)
+        # Of a sequence the position behind what the drafter was told last, if nothing has come since: there it has
+        # nothing to take back.
+        self._told: dict[int, int] = {}
 
     def begin(self, seq_id: int) -> None:
         """The sequence starts anew: forget what is known of it. The caller clears the target's memory."""
@@ -123,8 +126,10 @@ class CommonSpeculative:
             hidden: hidden rows of the last n of them, shape (n, target.n_embd_out); more than ``drafter.window`` are
                 of no use.
         """
-        self.drafter.rollback(seq_id, n_past)
+        if self._told.pop(seq_id, None) != n_past:
+            self.drafter.rollback(seq_id, n_past)
         self.drafter.process(seq_id, n_past, tokens, hidden)
+        self._told[seq_id] = n_past + len(tokens)
 
     def ready(self, seq_id: int, n_past: int, id_last: int, n_max: int) -> Ready:
         """Drafts that cost nothing to make, as `draft`."""
@@ -141,6 +146,7 @@ class CommonSpeculative:
         n_max = self._room(n_past, n_max)
         if n_max < 1:
             return []
+        self._told.pop(seq_id, None)
         t0 = time.perf_counter()
         drafts = self.drafter.draft(seq_id, n_past, id_last, n_max, more)
         self.counters.draft_s += time.perf_counter() - t0
@@ -182,6 +188,7 @@ class CommonSpeculative:
         """
         verify.open = False
         seq_id, n_past, n = verify.seq_id, verify.n_past, verify.row + 1
+        self._told.pop(seq_id, None)
         # The drafter's rows from n_past + 1 on were built on its own hidden rows: they go, accepted or not, and come
         # back with the true ones when it drafts next.
         self.drafter.rollback(seq_id, n_past + 1)

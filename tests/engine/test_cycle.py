@@ -9,7 +9,7 @@ import pytest
 
 import ds4_mtp_plugin.host as host
 from ds4_mtp_plugin import engine
-from ds4_mtp_plugin.speculation import CommonSpeculative, MtpDrafter, RollbackRefused
+from ds4_mtp_plugin.speculation import CommonSpeculative, MtpDrafter, NoDrafter, RollbackRefused
 from tests.fixtures import GPU_LAYERS
 from tests.fixtures.planted import BY_CONTEXT, Planted
 
@@ -291,6 +291,45 @@ def test_rows_shown_one_by_one_are_those_shown_at_once(pair: Callable[..., Pair]
         found.append((drafts, p.decodes()[1], p.head.logits().tolist()))
     assert found[0] == found[1]
     assert found[0][1] == [WINDOW, 1]
+
+
+class Account(NoDrafter):
+    """Knows up to which position it was told of text, and whether it drafted behind that."""
+
+    end = rollbacks = 0
+    drafted = False
+
+    def process(self, seq_id: int, n_past: int, tokens: Sequence[int], hidden: engine.Floats) -> None:
+        assert self.end <= n_past and not self.drafted
+        self.end = n_past + len(tokens)
+
+    def draft(self, seq_id: int, n_past: int, id_last: int, n_max: int, more: object = None) -> list[int]:
+        self.drafted = True
+        return []
+
+    def rollback(self, seq_id: int, n_past: int) -> None:
+        self.end, self.drafted = min(self.end, n_past), False
+        self.rollbacks += 1
+
+
+def test_a_drafter_takes_back_what_it_has_to_and_is_not_asked_for_nothing(pair: Callable[..., Pair]) -> None:
+    target, drafter, none = pair(2).target, Account(), np.empty((0, 1), np.float32)
+    spec = CommonSpeculative(target, drafter, n_draft=2)
+    spec.process(0, 0, [300] * 4, none)
+    drafter.rollbacks = 0
+    for n_past in (4, 5, 6):
+        spec.process(0, n_past, [300], none)
+    assert drafter.rollbacks == 0
+    spec.process(0, 4, [301], none)  # the text was cut
+    spec.draft(0, 5, 302, 2)
+    spec.process(0, 5, [302], none)
+    target.decode(engine.Batch(8).set([300] * 6, 0, 0))
+    verify = spec.verify(0, 6, 303, [304, 305], ready=True)
+    verify.advance(304)
+    spec.accept(verify)
+    spec.process(0, 6, [306], none)  # and again
+    spec.begin(0)
+    spec.process(0, 0, [300], none)
 
 
 def test_behind_a_gap_only_what_follows_it_is_used(pair: Callable[..., Pair]) -> None:

@@ -45,12 +45,13 @@ class _Sequence:
         return self.lo + len(self.before)
 
     def add(self, tokens: Sequence[int]) -> None:
-        del self.tokens[len(self.before) :]
+        all_, before, last = self.tokens, self.before, self.last
+        del all_[len(before) :]
         for token in tokens:
-            self.tokens.append(token)
-            key = self._key(len(self.before))
-            self.before.append(self.last.get(key, -1))
-            self.last[key] = len(self.before) - 1
+            all_.append(int(token))
+            key = _key(all_[-_SHORTEST:])
+            before.append(last.get(key, -1))
+            last[key] = len(before) - 1
 
     def cut(self, hi: int) -> None:
         """Forget the tokens at position `hi` and behind."""
@@ -113,9 +114,9 @@ class NgramDrafter:
         s = self._sequences.get(seq_id)
         if s is None or s.hi != n_past:
             s = self._sequences[seq_id] = _Sequence(n_past)
-        s.add(ids := [int(token) for token in tokens])
+        s.add(tokens)
         if seq_id in self._pending:
-            for i, token in enumerate(ids):
+            for i, token in enumerate(tokens):
                 self._judge(seq_id, n_past + i, token)
 
     def ready(self, seq_id: int, n_past: int, id_last: int, n_max: int) -> Ready:

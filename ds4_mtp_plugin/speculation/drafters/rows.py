@@ -73,9 +73,13 @@ class RowDrafter:
         if s.hi != first:
             s.lo = s.hi = first
         s.lo = max(s.lo, end - self.window)
-        at = self._places(first, end)
-        s.tokens[at] = tokens[len(tokens) - n :]
-        s.hidden[at] = hidden[len(hidden) - n :]
+        if n == 1:
+            at = first % self.window
+            s.tokens[at], s.hidden[at] = tokens[-1], hidden[-1]
+        else:
+            places = self._places(first, end)
+            s.tokens[places] = tokens[len(tokens) - n :]
+            s.hidden[places] = hidden[len(hidden) - n :]
         s.hi = end
 
     def ready(self, seq_id: int, n_past: int, id_last: int, n_max: int) -> Ready:
