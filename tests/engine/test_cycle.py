@@ -332,6 +332,26 @@ def test_a_drafter_takes_back_what_it_has_to_and_is_not_asked_for_nothing(pair: 
     spec.process(0, 0, [300], none)
 
 
+@pytest.mark.parametrize("sliding", [True, False])
+def test_a_head_that_fell_far_behind_starts_over_with_few_rows(pair: Callable[..., Pair], sliding: bool) -> None:
+    p = pair(1, **BY_CONTEXT)
+    p.drafter._sliding = sliding  # in truth it is: one that looks at everything would lose what it saw
+    text = np.random.default_rng(3).integers(260, 500, 301).tolist()
+    rows = np.random.default_rng(4).standard_normal((300, p.target.n_embd_out)).astype(np.float32)
+    shown, at = [], 0
+    for n in (200, 5, 16, 17, 1, 60, 1):
+        p.spec.process(0, at, text[at : at + n], rows[at : at + n])
+        at += n
+        drafts = p.spec.draft(0, at, text[at], 1)
+        shown += p.decodes()[1]
+    assert shown == ([128, 6, 16, 16, 2, 16, 2] if sliding else [128, 6, 17, 18, 2, 61, 2])
+    other = pair(1, **BY_CONTEXT)
+    first = at - 17 if sliding else at - 128  # the pairs of 16 positions and of the one that came since
+    other.spec.process(0, first, text[first:at], rows[first:at])
+    assert other.spec.draft(0, at, text[at], 1) == drafts
+    np.testing.assert_allclose(other.head.logits(), p.head.logits(), atol=0.02)
+
+
 def test_behind_a_gap_only_what_follows_it_is_used(pair: Callable[..., Pair]) -> None:
     """Rows that someone else decoded have no hidden rows here; what lies before them is not joined to what follows."""
     p = pair(1)

@@ -65,10 +65,7 @@ class DsparkDrafter(RowDrafter):
         s = self._at(seq_id, n_past)
         if s is None:
             return []  # cold: what went into the layers at n_past - 1 is not known
-        start = s.kv_hi
-        if not s.lo <= start <= n_past or start == 0:
-            self._clear(seq_id, s)
-            start = s.kv_lo = s.lo
+        start = self._start(seq_id, s, n_past, s.lo)
         try:
             self._make_room(seq_id, s, start, n_past + self._n_block)
             if start < n_past:

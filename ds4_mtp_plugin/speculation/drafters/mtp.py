@@ -8,7 +8,8 @@ up to three times as many. So no older hidden row is ever kept, no older prompt 
 is of one size whatever the target's context length.
 
 Pairs wait in a ring until a draft is wanted and then go into one decode together with the newest one, whose output
-is the first draft. So K drafts cost K decodes, and text that is not drafted for costs none.
+is the first draft. So K drafts cost K decodes, and text that is not drafted for costs none. Behind much of it a head
+with a window starts over with the newest few pairs.
 """
 
 from __future__ import annotations
@@ -50,12 +51,7 @@ class MtpDrafter(RowDrafter):
         s = self._at(seq_id, n_past)
         if s is None:
             return []  # cold: the hidden row of n_past - 1 is not known
-        start = s.kv_hi
-        if not s.lo < start <= n_past:
-            # The pairs between the head's memory and the ring are lost, or there are none in memory: start over
-            # with the ring, which reaches as far back as the window needs.
-            self._clear(seq_id, s)
-            start = s.kv_lo = s.lo + 1
+        start = self._start(seq_id, s, n_past, s.lo + 1)
         drafts: list[int] = []
         try:
             self._make_room(seq_id, s, start, n_past + n_max)

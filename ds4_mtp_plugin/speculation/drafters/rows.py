@@ -11,6 +11,11 @@ from ...engine import Context, EngineError, Floats
 from ..depth import Gate
 from .drafter import NOTHING_READY, Ready
 
+# Where a head that attends over a sliding window has fallen so many rows behind, it starts over with as many. Of the
+# small model's drafts 0.97 are then right of those that are behind all 128, for a fifth of the time, and it sees more
+# with each token.
+_CATCH_UP = 16
+
 
 class Rows:
     """Committed rows of one sequence, the newest `window` of them, by position modulo `window`."""
@@ -52,6 +57,7 @@ class RowDrafter:
                 f"a head's context for a window of {window} needs n_ubatch {window} and n_ctx {3 * window} a sequence; "
                 f"it has {context.n_ubatch} and {per_seq}"
             )
+        self._sliding = context.window > 0
         self._context = context
         self._width = width
         self._capacity = per_seq
@@ -121,6 +127,19 @@ class RowDrafter:
         if self._on_close is not None:
             self._on_close()
             self._on_close = None
+
+    def _start(self, seq_id: int, s: Rows, n_past: int, oldest: int) -> int:
+        """From which position on the head is shown rows for a draft at n_past: behind those that it holds.
+
+        Where there are none, or those between are lost, or many, it starts over: not before `oldest`.
+        """
+        start = s.kv_hi
+        holds = 0 < start <= n_past
+        if holds and start >= oldest and not (self._sliding and n_past - start >= _CATCH_UP):
+            return start
+        self._clear(seq_id, s)
+        s.kv_lo = max(oldest, n_past - _CATCH_UP + 1) if holds and self._sliding else oldest
+        return s.kv_lo
 
     def _make_room(self, seq_id: int, s: Rows, start: int, end: int) -> None:
         """Drop pairs that no later query can see, if rows up to position `end` do not fit beside them."""
