@@ -151,7 +151,7 @@ class Times:
         each = times[n]
         was_stale, each.stale = each.stale, False
         each.add(seconds, self._now, self._clock)
-        believed = self._medians[times is self._drafts].get(n, math.inf)
+        believed = self._medians[times is self._drafts].get(n, 0.0)
         if each.n <= self._enough or was_stale or abs(each.median - believed) > _NEGLIGIBLE * believed:
             self._changed(drafts=times is self._drafts)
 

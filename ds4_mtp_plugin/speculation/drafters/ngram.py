@@ -45,11 +45,11 @@ class _Sequence:
         return self.lo + len(self.before)
 
     def add(self, tokens: Sequence[int]) -> None:
-        all_, before, last = self.tokens, self.before, self.last
-        del all_[len(before) :]
+        text, before, last = self.tokens, self.before, self.last
+        del text[len(before) :]
         for token in tokens:
-            all_.append(int(token))
-            key = _key(all_[-_SHORTEST:])
+            text.append(int(token))
+            key = _key(text[-_SHORTEST:])
             before.append(last.get(key, -1))
             last[key] = len(before) - 1
 
