@@ -2,8 +2,8 @@
 
 The model is loaded once, and everyone gets it with the same threads, in rounds, the order of which turns. Ratios are to
 plain decoding in the same round: their median, the least and the greatest. The limit is what a number of drafts could
-gain at best, (tokens per cycle) / (time of a verify and its drafts, in single rows), from the times and the acceptance
-that were measured.
+gain at best, (tokens per cycle) / (time of a verify and its drafts, in single rows): what is not reached of it is spent
+elsewhere than in the engine.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Contender:
     cycles: int = 0
     accepted: list[int] = field(default_factory=list)  # verifies in which drafts 1, 2, ... were accepted
     verifies: list[int] = field(default_factory=list)  # verifies with such a draft
+    costs: list[tuple[float, float]] = field(default_factory=list)  # of each run: ms of a verify and of its drafts
 
     def run(self, llm: Llama, draft: Draft, prompt: list[int], n: int, seed: int, sampling: dict[str, Any]) -> None:
         session = session_of(llm)
@@ -73,12 +74,14 @@ class Contender:
         self.seconds.append(end - first)
         stats = draft.stats.since(before)
         self.cycles += stats.iters + stats.plain
+        if stats.iters:
+            self.costs.append((stats.verify_ms / stats.iters, stats.draft_ms / stats.iters))
         for mine, new in ((self.accepted, stats.accepted_per_position), (self.verifies, stats.proposed_per_position)):
             mine[:] = [a + b for a, b in zip(mine or [0] * len(new), new)]
 
     def forget(self) -> None:
         """The rounds so far were to warm up."""
-        self.first, self.seconds, self.accepted, self.verifies, self.cycles = [], [], [], [], 0
+        self.first, self.seconds, self.accepted, self.verifies, self.costs, self.cycles = [], [], [], [], [], 0
 
     @property
     def acceptance(self) -> list[float]:
@@ -173,12 +176,10 @@ def measured(field: list[Contender], n_prompt: int, threads: int, *, exact: bool
     costs = {}
     for each in field[2:]:
         assert each.depth is not None
-        k = each.depth.n_max
-        decodes, drafts = each.depth.times()
-        if k + 1 in decodes and k in drafts and len(deepest.acceptance) >= k:
-            verify, drafting = decodes[k + 1] / single, drafts[k] / single
-            limit = (1 + sum(deepest.acceptance[:k])) / (verify + drafting)
-            costs[str(k)] = {
+        if each.costs:
+            verify, drafting = (statistics.median(ms) / (1000 * single) for ms in zip(*each.costs))
+            limit = rows[each.name]["tokens_per_cycle"] / (verify + drafting)
+            costs[str(each.depth.n_max)] = {
                 "verify_rows": verify,
                 "drafts_rows": drafting,
                 "limit": limit,
