@@ -381,7 +381,7 @@ class Context:
         """Hidden rows of batch rows first, first + 1, ... of the last decode: a copy, shape (n, n_hidden).
 
         Args:
-            lasting: else the next such call overwrites it.
+            lasting: if False, the next call with False may overwrite it.
 
         Raises:
             NoSuchRow: the last decode kept fewer rows.

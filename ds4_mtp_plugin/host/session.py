@@ -151,7 +151,10 @@ class Session:
         ):
             if self._advance(llama, int(token)):
                 return
+            as_usual = self._ledger.sure and self._left is None
             self.settle()
+            if not as_usual:  # that cleared memory, or evaluated it again
+                t0 = self._clock()
             if generation.drafting and self._speculate(llama, int(token), generation, t0):
                 return
             self.settle()  # what a verify that failed has left is not known
@@ -308,7 +311,7 @@ class Session:
             )
 
     def _clock(self) -> float:
-        """Seconds, of which those that the drafter takes are left out."""
+        """Seconds, less those that making drafts takes."""
         return time.perf_counter() - self._spec.counters.draft_s
 
     def _forget(self) -> None:

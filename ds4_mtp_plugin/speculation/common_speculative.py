@@ -76,8 +76,8 @@ class Verify:
 class CommonSpeculative:
     """Speculation over a target context and a drafter, for any number of sequences of the target.
 
-    A sequence's state is not here: a `Verify` is the caller's until it is accepted, and between the two no other decode
-    of that sequence may come.
+    It holds no state of a sequence that it needs: a `Verify` is the caller's until it is accepted, and between the two
+    no other decode of that sequence may come.
     """
 
     def __init__(
@@ -117,6 +117,7 @@ class CommonSpeculative:
 
     def begin(self, seq_id: int) -> None:
         """The sequence starts anew: forget what is known of it. The caller clears the target's memory."""
+        self._told.pop(seq_id, None)
         self.drafter.rollback(seq_id, 0)
 
     def process(self, seq_id: int, n_past: int, tokens: Sequence[int], hidden: Floats) -> None:

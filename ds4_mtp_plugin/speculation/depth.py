@@ -97,7 +97,7 @@ class AdaptiveDepth:
         self._led: list[dict[int, tuple[float, int]]] = [{} for _ in range(n_max)]
         self._leads: list[int] = []  # of the drafts of this cycle
         self._pace = 0.0  # tokens per second, of the best depth on average
-        # Of the drafts of this cycle: whether the last one is right, the tokens that a verify gives, and for 0, 1, ...
+        # Of the drafts of this cycle: how likely all are right, the tokens that a verify gives, and for 0, 1, ...
         # drafts those beyond what its time gives on average.
         self._share = self._expected = 1.0
         self._gains: list[float] = []
@@ -290,8 +290,9 @@ class AdaptiveDepth:
     def _table(self) -> tuple[list[float], list[float]]:
         """Seconds of decodes of 1, 2, ... rows, and of 0, 1, ... drafts of the head."""
         if self._table_of != self._times.version:
-            self._table_of, sizes = self._times.version, range(self.n_max + 1)
+            version, sizes = self._times.version, range(self.n_max + 1)
             self._table_then = [self._decode(k + 1) for k in sizes], [self._draft(k) for k in sizes]
+            self._table_of = version  # last: an exception from outside may come before
         return self._table_then
 
     def _decode(self, n_rows: int) -> float:

@@ -57,6 +57,7 @@ class Times:
         self._now, self._doubts_at, self._stale = 0, _STALE, _STALE
         self._clock = 0.0  # the seconds of all decodes
         self.version = 0  # of what is believed
+        self._latest = [0, 0]  # of decodes and of drafts the size that was timed last
         self._begun: set[tuple[str, int]] = set()  # whose first time was dropped: it builds graphs
 
     @property
@@ -151,9 +152,13 @@ class Times:
         each = times[n]
         was_stale, each.stale = each.stale, False
         each.add(seconds, self._now, self._clock)
-        believed = self._medians[times is self._drafts].get(n, 0.0)
-        if each.n <= self._enough or was_stale or abs(each.median - believed) > _NEGLIGIBLE * believed:
-            self._changed(drafts=times is self._drafts)
+        drafts = times is self._drafts
+        believed = self._medians[drafts].get(n, 0.0)
+        moved = abs(each.median - believed) > _NEGLIGIBLE * believed
+        # Which size was timed last counts too (`_changed`).
+        if moved or was_stale or each.n <= self._enough or n != self._latest[drafts]:
+            self._changed(drafts=drafts)
+            self._latest[drafts] = n
 
     def _changed(self, drafts: bool) -> None:
         """A time of drafts, or of decodes, is new or too old.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -66,14 +67,15 @@ def script(llm: Llama, *said: Any) -> Scripted:
     return session._depth
 
 
+@pytest.mark.parametrize("said", [2, "probe"])
 def test_a_cycle_takes_what_it_takes_the_app_less_what_the_drafter_takes(
-    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch, said: Any
 ) -> None:
     files = plant(acceptance=0.0)
     llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, ngram=False))
     session, decoded, drafted = session_of(llm), [], []
     assert session is not None
-    depth = script(llm, 2)
+    depth = script(llm, said)
     monkeypatch.setattr(depth, "decoded", lambda n_rows, seconds: decoded.append(seconds))
     monkeypatch.setattr(depth, "drafted", lambda n, seconds: drafted.append(seconds))
 
@@ -86,11 +88,12 @@ def test_a_cycle_takes_what_it_takes_the_app_less_what_the_drafter_takes(
 
     spec = session._spec
     monkeypatch.setattr(spec, "accept", slowly(spec.accept, 0.05))
-    monkeypatch.setattr(spec.drafter, "draft", slowly(spec.drafter.draft, 0.5))
+    monkeypatch.setattr(spec.drafter, "draft", slowly(spec.drafter.draft, 0.3))
     generate(llm, files.cycle[:30].tolist(), 8)
-    assert min(drafted) >= 0.5
-    assert min(decoded[1:]) >= 0.05  # the first has no verify behind it to close
-    assert min(decoded) < 0.5
+    assert min(drafted) >= 0.3
+    assert statistics.median(decoded) < 0.3
+    if said != "probe":
+        assert min(decoded[1:]) >= 0.05  # the first has no verify behind it to close
 
 
 @pytest.mark.parametrize("sampling", [{"temp": 0.0}, {"temp": 1.0}], ids=["greedy", "seeded"])

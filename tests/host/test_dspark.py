@@ -15,7 +15,8 @@ from ds4_mtp_plugin import MtpDraft, cli, engine
 from ds4_mtp_plugin.gguf import DSPARK, check_head, check_pair, read_model
 from ds4_mtp_plugin.host import opening
 from ds4_mtp_plugin.host.session import SINGLE_ROWS
-from ds4_mtp_plugin.speculation import DsparkDrafter
+from ds4_mtp_plugin.host.wraps import session_of
+from ds4_mtp_plugin.speculation import DsparkDrafter, FixedDepth
 from tests.fixtures import GPU_LAYERS
 from tests.fixtures.dspark_gguf import N_BLOCK, write_dspark
 from tests.fixtures.mtp_gguf import plant as plant_family
@@ -117,6 +118,32 @@ def test_as_many_drafts_are_right_as_llama_cpps_server_finds(
     draft = MtpDraft(write_dspark(tmp_path / "h.gguf", files, TINY, noise=noise), adaptive=False)
     generate(llama(files.trunk, draft_model=draft), files.cycle[:40].tolist(), 300)
     assert abs(draft.stats.accepted - accepted) <= 3  # some CPUs decide a near tie otherwise
+
+
+def test_a_head_that_fell_far_behind_is_given_few_rows(
+    llama: Make, files: Planted, head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = llama(files.trunk, draft_model=MtpDraft(head, ngram=False))
+    session = session_of(llm)
+    assert session is not None
+    context, rows = session._spec.drafter._context, []  # type: ignore[attr-defined]
+    decode = context.decode
+
+    def noted(batch: engine.Batch) -> None:
+        rows.append(int(batch.struct.n_tokens))
+        decode(batch)
+
+    monkeypatch.setattr(context, "decode", noted)
+    turns = iter([2, *[0] * 5, 2, *[0] * 40, 2, *[0] * 200])
+    depth = FixedDepth(2)
+    monkeypatch.setattr(depth, "choose", lambda room: min(room, next(turns)))
+    monkeypatch.setattr(depth, "take", lambda rates: 0)
+    session.choose_by(depth)
+    generate(llm, files.cycle[:30].tolist(), 100)
+    injected = [n for n in rows if n != N_BLOCK]
+    assert len(rows) == 6 and injected[0] == 30
+    assert 5 < injected[1] < 9  # the verified ones among them
+    assert injected[2] == 15
 
 
 def test_confidence_ends_a_draft(llama: Make, files: Planted, head: Path) -> None:

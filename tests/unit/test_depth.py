@@ -11,7 +11,7 @@ import pytest
 
 from ds4_mtp_plugin.engine import Best
 from ds4_mtp_plugin.speculation import CPU_COSTS, GPU_COSTS, AdaptiveDepth, FixedDepth, NominalDepth
-from ds4_mtp_plugin.speculation import depth as depth_module
+from ds4_mtp_plugin.speculation.times import Times
 
 N_MAX = 3
 
@@ -234,6 +234,16 @@ def test_a_machine_that_becomes_slower_does_so_for_all_sizes() -> None:
         assert 1.5 * mean_cost(machine, lambda n: TEXTS["prose"], 2000, 0) * 2000 / (run.seconds - seconds) > 0.975
 
 
+def test_fewer_rows_take_no_longer_than_more_did_since_also_where_that_is_no_news() -> None:
+    times = Times(at_once=False)
+    for n_rows, seconds in ((1, 1.0), (2, 1.2), (1, 2.0)):  # the last ones beside other work
+        for _ in range(12):
+            times.decoded(n_rows, seconds)
+    assert times.decode(1) == 2.0
+    times.decoded(2, 1.2)
+    assert times.decode(1) == 1.2
+
+
 def test_single_rows_are_timed_seldom_beside_drafts_of_the_text() -> None:
     depth, singles = AdaptiveDepth(0), 0
     for _ in range(3000):
@@ -246,13 +256,11 @@ def test_single_rows_are_timed_seldom_beside_drafts_of_the_text() -> None:
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("machine", MACHINES)
-def test_that_drafting_does_not_pay_is_remembered_as_long_as_nothing_is_learned(
-    machine: str, text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(depth_module, "_QUIET", math.inf)  # else the times of some rows are not learned
+def test_that_drafting_does_not_pay_is_remembered_as_long_as_nothing_is_learned(machine: str, text: str) -> None:
     it, forgetful = AdaptiveDepth(N_MAX), AdaptiveDepth(N_MAX)
-    rng, costs = random.Random(1), MACHINES[machine]
+    rng, costs, remembered = random.Random(1), MACHINES[machine], 0
     for _ in range(2000):
+        remembered += it._vain > 0
         forgetful._vain = 0
         offered = [0.9] * rng.choice((0, 0, 0, 3))
         (most, n, _), other = ((d.choose(N_MAX), d.take(offered), d.probing) for d in (it, forgetful))
@@ -273,6 +281,7 @@ def test_that_drafting_does_not_pay_is_remembered_as_long_as_nothing_is_learned(
                 depth.outcome(position, outcomes[position])
                 if not outcomes[position]:
                     break
+    assert remembered > 100 or text not in ("hopeless", "never")
 
 
 @pytest.mark.parametrize("n_max", [0, N_MAX])

@@ -5,7 +5,8 @@ its stages make the keys of that position. A draft is one decode of a block: the
 behind it, which all see each other; a Markov chain over the tokens of the block is part of the graph. So all drafts of
 a block cost the same, however many are wanted. The stages attend over a sliding window.
 
-Rows wait in a ring until a draft is wanted and are then injected in one decode. The rows of a block are dropped.
+Rows wait in a ring until a draft is wanted and are then injected in one decode; where they are many, the newest few.
+The rows of a block are dropped.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class _Sequence:
             if not _SHORTEST - 1 <= place < n:
                 break
             same, most = int(tokens[place] == token), min(place + 1, _LONGEST)
-            # What is no longer than the longest differs from it at this token at the latest, or ends before.
+            # A match that is no longer than the longest so far ends at this token at the latest.
             if same and longest < most and (longest == 0 or tokens[place - longest] == tokens[n - longest]):
                 while same < most and tokens[place - same] == tokens[n - same]:
                     same += 1

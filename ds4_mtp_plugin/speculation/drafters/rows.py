@@ -11,9 +11,9 @@ from ...engine import Context, EngineError, Floats
 from ..depth import Gate
 from .drafter import NOTHING_READY, Ready
 
-# Where a head that attends over a sliding window has fallen so many rows behind, it starts over with as many. Of the
-# small model's drafts 0.97 are then right of those that are behind all 128, for a fifth of the time, and it sees more
-# with each token.
+# Where a head that attends over a sliding window has fallen so many rows behind, it starts over with the newest of as
+# many positions. Of the small model's drafts 0.97 are then right of those that are behind all 128, for a fifth of the
+# time, and it sees more with each token.
 _CATCH_UP = 16
 
 
