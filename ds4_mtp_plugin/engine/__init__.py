@@ -1,22 +1,8 @@
 """The engine room: the patched llama.cpp through cffi. Knows nothing of the host runtime or of speculation."""
 
-from .context import (
-    HIDDEN_ALL,
-    HIDDEN_OFF,
-    HIDDEN_OUTPUTS,
-    Batch,
-    Best,
-    Context,
-    DecodeAborted,
-    DecodeError,
-    EngineError,
-    Floats,
-    Memory,
-    Model,
-    NoSuchRow,
-    ServerLost,
-    naming_servers,
-)
+from .batch import Batch, Floats
+from .context import HIDDEN_ALL, HIDDEN_OFF, HIDDEN_OUTPUTS, Best, Context, Memory, Model
+from .errors import DecodeAborted, DecodeError, EngineError, NoSuchRow, ServerLost, naming_servers
 from .library import (
     ABI,
     ANY_ROWS,

@@ -1,17 +1,17 @@
-"""Models, contexts and batches of the engine, as far as speculation needs them."""
+"""Models and contexts of the engine, as far as speculation needs them."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from .batch import Batch, Floats
+from .errors import ABORTED, DecodeAborted, DecodeError, EngineError, NoSuchRow, ServerLost, naming_servers
 from .library import ROLLBACK_ANY, ROLLBACK_COPIES, ROLLBACK_RECENT, Library, ffi
 
 # enum ds4_mtp_hidden
@@ -21,59 +21,6 @@ _CONTEXT_TYPE_MTP = 1
 
 # llama.h, LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 _PARTIAL_ONLY = 1
-
-Floats = npt.NDArray[np.float32]
-
-
-# llama.h, llama_decode: the abort callback asked for it.
-_ABORTED = 2
-
-
-class EngineError(RuntimeError):
-    """What the engine, or a drafter on it, failed at. Speculation ends at one; the text goes on without it."""
-
-
-class DecodeError(EngineError):
-    """A decode that the engine did not carry out; `code` is the value that it returned (llama.h, llama_decode)."""
-
-    def __init__(self, what: str, code: int) -> None:
-        super().__init__(f"{what}: the engine's decode returned {code}")
-        self.code = code
-
-
-class ServerLost(EngineError):
-    """A server (RPC) that holds a part of a model is lost; the message names it and says how.
-
-    It could not be reached, closed the connection, was silent for too long, or is no such server. What lay there is
-    gone: the model's contexts are empty and of no use, and all that helps is to make them, and the model, anew.
-    """
-
-
-class NoSuchRow(EngineError, IndexError):
-    """The last decode kept no such row."""
-
-
-class DecodeAborted(RuntimeError):
-    """The app's abort callback ended a decode (llama.h, llama_set_abort_callback).
-
-    It is no failure and so no EngineError; it reads as the host's own error for an aborted decode.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(f"llama_decode returned {_ABORTED}")
-
-
-@contextlib.contextmanager
-def naming_servers(library: Library) -> Iterator[None]:
-    """What fails inside because a server is lost, or not there, raises `ServerLost`."""
-    before, _ = library.losses()
-    try:
-        yield
-    except (RuntimeError, ValueError) as err:
-        n, why = library.losses()
-        if n == before or isinstance(err, ServerLost):
-            raise
-        raise ServerLost(why) from err
 
 
 @dataclass(frozen=True)
@@ -288,7 +235,7 @@ class Context:
             DecodeAborted: the context's abort callback ended it; the same holds for the memory.
         """
         code = int(self._lib.ds4_mtp_decode(self._ptr, batch.struct[0]))
-        if code == _ABORTED:
+        if code == ABORTED:
             raise DecodeAborted
         if code != 0:
             self.check_servers()
@@ -468,64 +415,3 @@ class Context:
     def seq_pos_max(self, seq_id: int) -> int:
         """The last position of a sequence in memory, -1 where it has none."""
         return int(self._lib.llama_memory_seq_pos_max(self._memory, seq_id))
-
-
-class Batch:
-    """A reusable batch of up to `n_max` rows of one sequence (llama.h, llama_batch).
-
-    The arrays are numpy's; the struct points into them, so both live exactly as long as this object. `n_embd_out` > 0
-    adds hidden rows, which an MTP context takes together with the tokens, or, without `tokens`, in their place.
-    """
-
-    def __init__(self, n_max: int, *, n_embd_out: int = 0, tokens: bool = True) -> None:
-        self.n_max = n_max
-        self._token = np.zeros(n_max, dtype=np.int32)
-        self._pos = np.zeros(n_max, dtype=np.int32)
-        self._n_seq_id = np.ones(n_max, dtype=np.int32)
-        self._output = np.zeros(n_max, dtype=np.int8)
-        self._seq_id = np.zeros(1, dtype=np.int32)
-        self._seq_ids = ffi.new("llama_seq_id *[]", [ffi.from_buffer("llama_seq_id[]", self._seq_id)] * n_max)
-        self._embd = np.zeros((n_max, n_embd_out), dtype=np.float32) if n_embd_out else None
-        self._steps = np.arange(n_max, dtype=np.int32)
-        # What `set` finds set already.
-        self._shape: tuple[int, str] | None = None
-        self.struct = ffi.new("llama_batch *")
-        if tokens:
-            self.struct.token = ffi.from_buffer("llama_token[]", self._token)
-        self.struct.pos = ffi.from_buffer("llama_pos[]", self._pos)
-        self.struct.n_seq_id = ffi.from_buffer("int32_t[]", self._n_seq_id)
-        self.struct.seq_id = self._seq_ids
-        self.struct.logits = ffi.from_buffer("int8_t[]", self._output)
-        if self._embd is not None:
-            self.struct.embd = ffi.from_buffer("float[]", self._embd)
-
-    @property
-    def embd(self) -> Floats:
-        """Hidden rows to fill before a decode, shape (n_max, n_embd_out)."""
-        assert self._embd is not None
-        return self._embd
-
-    def set(
-        self, tokens: Sequence[int], n_past: int, seq_id: int, *, outputs: Literal["last", "all"] = "last"
-    ) -> Batch:
-        """Rows `tokens` at positions n_past, n_past + 1, ... of `seq_id`; outputs of the "last" or of "all" rows.
-
-        Raises:
-            ValueError: more rows than the batch has.
-        """
-        n = len(tokens)
-        if not 0 < n <= self.n_max:
-            raise ValueError(f"{n} rows in a batch of {self.n_max}")
-        self._seq_id[0] = seq_id
-        if n == 1:
-            self._token[0], self._pos[0] = tokens[0], n_past
-        else:
-            self._token[:n] = tokens
-            np.add(self._steps[:n], n_past, out=self._pos[:n])
-        if self._shape != (n, outputs):
-            self._shape = None
-            self._output[:n] = outputs == "all"
-            self._output[n - 1] = 1
-            self.struct.n_tokens = n
-            self._shape = n, outputs
-        return self

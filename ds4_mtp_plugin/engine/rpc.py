@@ -12,7 +12,7 @@ import typing as _t
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .context import EngineError, naming_servers
+from .errors import EngineError, naming_servers
 from .library import Library, ffi
 
 __all__ = ["Device", "Server", "connect", "device_list", "local_gpus", "memory", "serve", "set_timeout"]

@@ -72,8 +72,7 @@ class Times:
 
     def decoded(self, n_rows: int, seconds: float) -> None:
         """A decode of so many rows took so many seconds."""
-        self._now += 1
-        self._clock += seconds
+        self.passed(seconds)
         self._note(self._decodes, "decode", n_rows, seconds)
         if self._now >= self._doubts_at:
             self._doubt()

@@ -244,6 +244,21 @@ def test_fewer_rows_take_no_longer_than_more_did_since_also_where_that_is_no_new
     assert times.decode(1) == 1.2
 
 
+def test_an_exception_from_outside_leaves_no_half_known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    depth = AdaptiveDepth(N_MAX)
+    for _ in range(2):
+        depth.decoded(1, 1.0)
+
+    def interrupted(k: int) -> float:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(depth, "_draft", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            depth.choose(N_MAX)
+    assert depth.choose(N_MAX) == N_MAX
+
+
 def test_single_rows_are_timed_seldom_beside_drafts_of_the_text() -> None:
     depth, singles = AdaptiveDepth(0), 0
     for _ in range(3000):
