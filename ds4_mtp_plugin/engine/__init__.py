@@ -1,6 +1,6 @@
 """The engine room: the patched llama.cpp through cffi. Knows nothing of the host runtime or of speculation."""
 
-from .batch import Batch, Floats
+from .batch import Batch, Floats, HiddenRows
 from .context import HIDDEN_ALL, HIDDEN_OFF, HIDDEN_OUTPUTS, Best, Context, Memory, Model
 from .errors import DecodeAborted, DecodeError, EngineError, NoSuchRow, ServerLost, naming_servers
 from .library import (
@@ -33,6 +33,7 @@ __all__ = [
     "DecodeError",
     "EngineError",
     "Floats",
+    "HiddenRows",
     "Library",
     "Memory",
     "Model",

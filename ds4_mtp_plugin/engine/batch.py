@@ -13,6 +13,19 @@ from .library import ffi
 Floats = npt.NDArray[np.float32]
 
 
+class HiddenRows:
+    """Room for hidden rows, outside of the context that they are of.
+
+    Attributes:
+        array: shape (n_max, n_hidden).
+        ptrs: a pointer to each.
+    """
+
+    def __init__(self, n_max: int, n_hidden: int) -> None:
+        self.array: Floats = np.zeros((n_max, n_hidden), dtype=np.float32)
+        self.ptrs = [ffi.from_buffer("float[]", row) for row in self.array]
+
+
 class Batch:
     """A reusable batch of up to `n_max` rows of one sequence (llama.h, llama_batch).
 

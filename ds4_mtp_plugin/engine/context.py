@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .batch import Batch, Floats
+from .batch import Batch, Floats, HiddenRows
 from .errors import ABORTED, DecodeAborted, DecodeError, EngineError, NoSuchRow, ServerLost, naming_servers
 from .library import ROLLBACK_ANY, ROLLBACK_COPIES, ROLLBACK_RECENT, Library, ffi
 
@@ -200,8 +200,6 @@ class Context:
         self._layers_on = False
         self._hidden_mode: int | None = None  # None where it is not known
         self._best = ffi.new("struct ds4_mtp_best *")
-        row = np.empty((1, self.n_embd_out), dtype=np.float32)
-        self._row = row, ffi.from_buffer("float[]", row)
         self._picker: Any = None
 
     def close(self) -> None:
@@ -324,32 +322,27 @@ class Context:
         if not self._lib.ds4_mtp_get_hidden(self._ptr, i, ffi.from_buffer("float[]", out)):
             raise NoSuchRow(f"the last decode kept no hidden row {i}")
 
-    def hidden_rows(self, first: int, n: int, *, lasting: bool = True) -> Floats:
-        """Hidden rows of batch rows first, first + 1, ... of the last decode: a copy, shape (n, n_hidden).
+    def hidden_rows(self, first: int, n: int, out: HiddenRows | None = None, at: int = 0) -> Floats:
+        """Copy hidden rows of batch rows first, first + 1, ... of the last decode: shape (n, n_hidden).
 
         Args:
-            lasting: if False, the next call with False may overwrite it.
+            out: where to, as its rows at, at + 1, ..., of which a view is returned; None for an array of their own.
 
         Raises:
             NoSuchRow: the last decode kept fewer rows.
+            IndexError: there is no room for so many.
         """
-        if not self._layers:
-            # Behind a decode the caches are cold: to allocate takes as long as to copy.
-            if lasting or n != 1:
-                rows = np.empty((n, self.n_embd_out), dtype=np.float32)
-                out = ffi.from_buffer("float[]", rows)
-            else:
-                rows, out = self._row
-            for i in range(n):
-                if not self._lib.ds4_mtp_get_hidden(self._ptr, first + i, out + i * self.n_embd_out):
-                    raise NoSuchRow(f"the last decode kept no hidden row {first + i}")
-            return rows
-        rows = np.empty((n, self.n_hidden), dtype=np.float32)
+        out = out or HiddenRows(n, self.n_hidden)
         for i in range(n):
-            for il, row in zip(self._layers, rows[i].reshape(-1, self.n_embd)):
-                if not self._lib.ds4_mtp_get_layer_input(self._ptr, il, first + i, ffi.from_buffer("float[]", row)):
+            if not self._layers:
+                if not self._lib.ds4_mtp_get_hidden(self._ptr, first + i, out.ptrs[at + i]):
+                    raise NoSuchRow(f"the last decode kept no hidden row {first + i}")
+                continue
+            for nth, il in enumerate(self._layers):
+                part = out.ptrs[at + i] + nth * self.n_embd
+                if not self._lib.ds4_mtp_get_layer_input(self._ptr, il, first + i, part):
                     raise NoSuchRow(f"the last decode kept no input of layer {il} for row {first + i}")
-        return rows
+        return out.array[at : at + n]
 
     def best(self, i: int = -1, *, with_prob: bool = False) -> Best:
         """The best token of batch row `i` of the last decode, computed natively over the whole vocabulary.

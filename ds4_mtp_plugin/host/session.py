@@ -21,7 +21,7 @@ import numpy as np
 from ..draft import MAX_PRED_TOKENS, Draft, attach, detach
 from ..engine import HIDDEN_ALL, HIDDEN_OFF, HIDDEN_OUTPUTS, EngineError
 from ..settings import current
-from ..speculation import AdaptiveDepth, CommonSpeculative, FixedDepth, Verify
+from ..speculation import N_KEEP, AdaptiveDepth, CommonSpeculative, FixedDepth, Verify
 from .checkpoints import Checkpoints
 from .contract import Llama, State
 from .generation import Generation
@@ -76,7 +76,7 @@ class Session:
         self._draft = draft
         self._name = type(draft).__name__
         self._spec = spec
-        self._depth = depth or FixedDepth(spec.counters.depth)
+        self._depth = depth or FixedDepth(spec.counters.depth, text=spec.n_draft > 0)
         # The position that a draft which was not verified is for, and that draft.
         self._unverified: tuple[int, int] | None = None
         self._ledger = Ledger(single_rows)
@@ -94,6 +94,10 @@ class Session:
         # The one that ran last, until it ends. Another one that is dropped meanwhile, perhaps by another thread, has no
         # say.
         self._last: Generation | None = None
+        # Tokens that were evaluated one by one, of which speculation was not told yet: where they begin, how many they
+        # are. And how many are still to come before it looks at any, how many of them came, and seconds of the first.
+        self._kept_at = self._kept = self._rest = self._rested = 0
+        self._each = 0.0
         self._warned = False
         self._closed = False
         attach(draft, spec)
@@ -114,6 +118,7 @@ class Session:
     def generate(
         self, llama: Llama, host_tokens: Generator[int, Sequence[int] | None, None]
     ) -> Generator[int, Sequence[int] | None, None]:
+        self._look(llama)
         self.settle(clear=False)
         generation = Generation(self._wanted, drafting=self.drafts_with(llama.draft_model))
         self._wanted = None
@@ -141,6 +146,19 @@ class Session:
 
     def eval(self, llama: Llama, host_eval: Callable[[Sequence[int]], None], tokens: Sequence[int]) -> None:
         self.check_open()
+        if self._rest > 0 and len(tokens) == 1 and llama.n_tokens == self._kept_at + self._kept:
+            self._rest -= 1
+            if self._rested > 0:
+                self._eval_one(llama, host_eval, tokens, llama.n_tokens - 1)
+            else:
+                t0 = self._clock()
+                self._eval_one(llama, host_eval, tokens, llama.n_tokens - 1)
+                self._spec.target.wait()
+                self._each = self._clock() - t0
+            self._rested += 1
+            return
+        if self._kept > 0:
+            self._look(llama)
         t0, generation = self._clock(), self._running
         token = tokens[0] if generation is not None and len(tokens) == 1 else None
         # What is no token of the vocabulary is the host's to refuse.
@@ -158,11 +176,16 @@ class Session:
             if generation.drafting and self._speculate(llama, int(token), generation, t0):
                 return
             self.settle()  # what a verify that failed has left is not known
-            self._spec.counters.plain += 1
-            self._eval_chunk(llama, host_eval, tokens, keep=1)
-            if generation.drafting:
+            if generation.drafting and self.drafts_with(llama.draft_model):
+                self._checkpoints.cut(llama.n_tokens)
+                self._spec.keep_hidden(HIDDEN_OUTPUTS)
+                self._eval_one(llama, host_eval, tokens, self._spec.target.seq_pos_max(_SEQ))
                 self._spec.target.wait()
                 self._depth.decoded(1, self._clock() - t0)
+                self._rest = min(self._depth.rest, N_KEEP - self._kept)
+            else:
+                self._spec.counters.plain += 1
+                self._eval_chunk(llama, host_eval, tokens, keep=0)
             return
         tokens = self._resume(llama, tokens)
         self.settle()
@@ -213,6 +236,7 @@ class Session:
                 saved = (getattr(state, name, None) for name in ("ds4_mtp_batches", "ds4_mtp_known"))
                 self._ledger.load(llama.n_tokens, *saved)
             # Hidden rows are no part of a state: cold until a token is evaluated.
+            self._kept = self._rest = 0
             self._spec.begin(_SEQ)
             self._spec.process(_SEQ, 0, llama.input_ids[: llama.n_tokens].tolist(), self._spec.target.hidden_rows(0, 0))
 
@@ -399,18 +423,61 @@ class Session:
             host_eval(chunk)
             ledger.evaluated(n_past, len(chunk))
         except BaseException:
-            self.disturbed()
-            # A decode that fails may take more with it than its own rows; one that is interrupted may leave rows that
-            # the host, which counts last, does not count.
-            if llama.n_tokens > n_past:
-                ledger.evaluated(n_past, len(chunk))
-                before = llama.n_tokens - 1
-            ledger.sure = target.seq_pos_max(_SEQ) == before
+            self._failed(llama, n_past, len(chunk), before)
             raise
         if drafting:
             try:
-                hidden = target.hidden_rows(len(chunk) - keep, keep, lasting=False)
-                self._spec.process(_SEQ, n_past, chunk, hidden)
+                self._spec.process(_SEQ, n_past, chunk, target.hidden_rows(len(chunk) - keep, keep))
+            except _FAILURES as err:
+                self._give_up(f"keeping hidden rows failed: {err}")
+
+    def _failed(self, llama: Llama, n_past: int, n: int, before: int) -> None:
+        """Evaluating n tokens at n_past failed; `before` was the last position in memory.
+
+        A decode that fails may take more with it than its own rows; one that is interrupted may leave rows that the
+        host, which counts last, does not count.
+        """
+        self.disturbed()
+        if llama.n_tokens > n_past:
+            self._ledger.evaluated(n_past, n)
+            before = llama.n_tokens - 1
+        self._ledger.sure = self._spec.target.seq_pos_max(_SEQ) == before
+
+    def _eval_one(
+        self, llama: Llama, host_eval: Callable[[Sequence[int]], None], tokens: Sequence[int], before: int
+    ) -> None:
+        """The host's eval of one token of its loop. Speculation is told of it when it looks next.
+
+        Args:
+            before: the last position in memory.
+        """
+        n_past = llama.n_tokens
+        self._spec.counters.plain += 1
+        try:
+            host_eval(tokens)
+            self._ledger.evaluated(n_past, 1)
+        except BaseException:
+            self._failed(llama, n_past, 1, before)
+            raise
+        if self._kept == 0:
+            self._kept_at = n_past
+        try:
+            self._spec.keep(_SEQ, self._kept)
+            self._kept += 1
+        except _FAILURES as err:
+            self._give_up(f"keeping hidden rows failed: {err}")
+
+    def _look(self, llama: Llama) -> None:
+        """Tell speculation of the tokens that came since it looked."""
+        self._rest = 0
+        if self._rested > 0:
+            self._depth.rested(self._rested, self._each)
+            self._rested = 0
+        if self._kept > 0:
+            first, end = self._kept_at, self._kept_at + self._kept
+            self._kept = 0
+            try:
+                self._spec.process_kept(_SEQ, first, llama.input_ids[first:end].tolist())
             except _FAILURES as err:
                 self._give_up(f"keeping hidden rows failed: {err}")
 

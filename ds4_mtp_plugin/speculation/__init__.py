@@ -1,6 +1,6 @@
 """Speculation over an engine's contexts: the cycle, what proposes tokens, how many. Knows no host runtime."""
 
-from .common_speculative import CommonSpeculative, RollbackRefused, Verify
+from .common_speculative import N_KEEP, CommonSpeculative, RollbackRefused, Verify
 from .depth import CPU_COSTS, GPU_COSTS, AdaptiveDepth, FixedDepth, Gate, NominalDepth
 from .drafters import (
     NOTHING_READY,
@@ -18,6 +18,7 @@ __all__ = [
     "CPU_COSTS",
     "GPU_COSTS",
     "NOTHING_READY",
+    "N_KEEP",
     "AdaptiveDepth",
     "ChainDrafter",
     "CommonSpeculative",

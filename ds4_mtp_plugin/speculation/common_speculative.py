@@ -19,9 +19,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..engine import HIDDEN_OUTPUTS, Batch, Context, EngineError, Floats
+from ..engine import HIDDEN_OUTPUTS, Batch, Context, EngineError, Floats, HiddenRows
 from ..stats import Counters, MtpStats
 from .drafters import NOTHING_READY, Drafter, More, Ready
+
+# How many hidden rows of tokens that were decoded alone can be kept.
+N_KEEP = 8
 
 
 class RollbackRefused(EngineError):
@@ -37,7 +40,8 @@ class Verify:
 
     Attributes:
         tokens: the token sampled last, then its drafts.
-        hidden: their hidden rows, shape (len(tokens), n_embd_out); none for a drafter that wants none.
+        hidden: their hidden rows, shape (len(tokens), n_embd_out); none for a drafter that wants none. They live until
+            the sequence's next verify.
         ready: the drafts lay ready.
         row: the last row that is committed.
     """
@@ -114,6 +118,9 @@ class CommonSpeculative:
         # Of a sequence the position behind what the drafter was told last, if nothing has come since: there it has
         # nothing to take back.
         self._told: dict[int, int] = {}
+        # Of each the hidden rows of its last verify, or those that were kept. Behind a decode the caches are cold: to
+        # allocate them anew takes as long as to copy.
+        self._rows: dict[int, HiddenRows] = {}
 
     def begin(self, seq_id: int) -> None:
         """The sequence starts anew: forget what is known of it. The caller clears the target's memory."""
@@ -171,10 +178,26 @@ class CommonSpeculative:
         self.target.decode(self._batch.set(tokens, n_past, seq_id, outputs="all"))
         self.target.wait()
         # Hidden rows die at the context's next decode, which may be another sequence's.
-        hidden = self.target.hidden_rows(0, len(tokens) if self.drafter.window else 0)
+        hidden = self.target.hidden_rows(0, len(tokens) if self.drafter.window else 0, self._rows_of(seq_id))
         self.counters.verify_s += time.perf_counter() - t0
         self.counters.verified(len(drafts), ready=ready)
         return Verify(seq_id, n_past, tokens, hidden, ready)
+
+    def keep(self, seq_id: int, i: int) -> None:
+        """The caller decoded a token alone: keep its hidden row as number `i` (from 0) of those for `process_kept`.
+
+        They live until the sequence's next verify. N_KEEP fit.
+
+        Raises:
+            EngineError: the target kept none.
+        """
+        if self.drafter.window:
+            self.target.hidden_rows(0, 1, self._rows_of(seq_id), i)
+
+    def process_kept(self, seq_id: int, n_past: int, tokens: Sequence[int]) -> None:
+        """`process`, with the hidden rows that were kept of all tokens."""
+        n = len(tokens) if self.drafter.window else 0
+        self.process(seq_id, n_past, tokens, self._rows_of(seq_id).array[:n])
 
     def keep_hidden(self, mode: int) -> None:
         """Which hidden rows the target keeps from its next decode on, if the drafter wants any."""
@@ -196,6 +219,12 @@ class CommonSpeculative:
         self.drafter.process(seq_id, n_past, verify.tokens[:n], verify.hidden[:n])
         if n < len(verify.tokens) and not self.target.seq_rm(seq_id, n_past + n):
             raise RollbackRefused(f"sequence {seq_id}: the engine refused to remove positions {n_past + n} and up")
+
+    def _rows_of(self, seq_id: int) -> HiddenRows:
+        rows = self._rows.get(seq_id)
+        if rows is None:
+            rows = self._rows[seq_id] = HiddenRows(max(self.n_draft + 1, N_KEEP), self.target.n_hidden)
+        return rows
 
     def _room(self, n_past: int, n_max: int) -> int:
         n_max = min(n_max, self.n_draft, self.target.n_ctx // self.target.n_seq_max - 1 - n_past)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,8 +62,9 @@ _READY_LEAST = 0.5
 # timed in a bad moment would make a loss of it, and is never left for long. So many of them decide; times before count
 # no more if these are so much less.
 _REFRESH, _REFRESH_AT_LAST, _LITTLE, _REFRESH_LITTLE, _AGAIN, _FASTER = 32, 256, 1.2, 48, 3, 0.95
-# Behind so many single rows the time of one in so many is learned: Python takes a share of a small model's token.
-_QUIET, _QUIETLY = 8, 4
+# Where nothing was drafted for so many single rows, so many seconds pass between two looks, and the times of one look,
+# or one rest, in so many are learned: Python takes a share of a small model's token.
+_QUIET, _REST, _QUIETLY = 8, 0.01, 4
 
 
 class AdaptiveDepth:
@@ -110,11 +112,13 @@ class AdaptiveDepth:
         self._again: list[float] = []  # the times of that
         self._single_before = math.inf  # the median until then
         self._cycles_drafted = 0  # since there was no drafting
-        self._idle = 0  # decodes since the head's last draft
+        self._idle = 0  # decodes since the head's last draft, but for those of a rest
+        self._quiet = 0  # single rows since the last verify, or right draft
+        self._rests = 0
         self._budget = 0.0  # seconds that probes may take; below 0 they are owed
         self._probe = 0.0  # seconds that the last one took
         self._promising = False  # it was right
-        self._took = False  # what lay ready is verified
+        self._offered = self._took = False  # drafts lay ready; they are verified
         self._since_right = _LATELY  # single rows since a first draft was right
         self.probing = False
         self.misses = 0  # first drafts in a row that were wrong
@@ -189,6 +193,7 @@ class AdaptiveDepth:
         Args:
             rates: for each of them the share of such drafts that are right, where all before it were.
         """
+        self._offered = len(rates) > 0
         if not rates or not self._times.known or self._cycles >= self._refresh:
             return 0
         sizes = [k for k in _READY_SIZES if k <= len(rates)]
@@ -214,24 +219,42 @@ class AdaptiveDepth:
     def decoded(self, n_rows: int, seconds: float) -> None:
         """The target decoded so many rows in so many seconds: one row plainly, or a verify."""
         if n_rows == 1:
-            idle = (self._vain > 0 or self.n_max == 0) and self._cycles == 0 and self._idle >= _QUIET
-            if idle and self._idle % _QUIETLY > 0:
-                self._times.passed(seconds)
+            known = (self._vain > 0 or self.n_max == 0) and self._cycles == 0 and self._idle >= _QUIET
+            if known and self._idle % _QUIETLY > 0 or self.rest > 0:
+                self._times.passed(1, seconds)
             else:
                 self._times.decoded(1, seconds)
                 self._check(seconds)
                 self._vain = 0
+            self._passed(1, seconds)
             self._idle += 1
-            self._since_right += 1
-            self._budget += (_PROBE_SHARE if self._since_right > _LATELY else _PROBE_SHARE_LATELY) * seconds
         else:
             self._times.decoded(n_rows, seconds)
             self._vain = 0
             self._cycles += 1
+            self._quiet = 0
             if self._took:
                 self._idle += 1
             else:
                 self._cycles_drafted += 1
+
+    @property
+    def rest(self) -> int:
+        """How many tokens to decode one by one, and to tell of at once (`rested`), before any is drafted again."""
+        if self._current > 0 or self._quiet < _QUIET or self._offered:
+            return 0
+        return int(_REST / self._decode(1))
+
+    def rested(self, n: int, each: float) -> None:
+        """n tokens of a rest were decoded, each in so many seconds."""
+        self._rests += 1
+        if self._rests % _QUIETLY > 0:
+            self._times.passed(n, n * each)
+        else:
+            self._times.passed(n - 1, (n - 1) * each)
+            self._times.decoded(1, each)
+            self._vain = 0
+        self._passed(n, n * each)
 
     def outcome(self, position: int, right: bool) -> None:
         """The draft at `position` (from 0), all before which were right, was the next token or was not."""
@@ -248,7 +271,7 @@ class AdaptiveDepth:
             led[lead] = rate + max(_LEAD_WEIGHT, 1 / (n + 1)) * (right - rate), n + 1
         self._rates[position] += weight * (right - self._rates[position])
         if position == 0 and right:
-            self._before = self._rates[0]
+            self._before, self._quiet = self._rates[0], 0
             if self._worth > 0:
                 self._since_right = 0
         for deeper in range(max(position + 1, self._worth), self.n_max):
@@ -267,6 +290,12 @@ class AdaptiveDepth:
         return self._times.medians()
 
     # -- inside --
+
+    def _passed(self, n: int, seconds: float) -> None:
+        """n single rows took so many seconds."""
+        self._quiet += n
+        self._since_right += n
+        self._budget += (_PROBE_SHARE if self._since_right > _LATELY else _PROBE_SHARE_LATELY) * seconds
 
     def _check(self, seconds: float) -> None:
         """A single row took so long. Where it was due to be timed again and was no faster than is believed, one is
@@ -383,6 +412,10 @@ class FixedDepth(AdaptiveDepth):
     def worth(self, n: int) -> int:
         self._worth = n
         return n
+
+    @property
+    def rest(self) -> int:
+        return 0 if self.n_max > 0 or self._text else sys.maxsize
 
     def take(self, rates: Sequence[float]) -> int:
         share, k = 1.0, 0

@@ -72,14 +72,14 @@ class Times:
 
     def decoded(self, n_rows: int, seconds: float) -> None:
         """A decode of so many rows took so many seconds."""
-        self.passed(seconds)
+        self.passed(1, seconds)
         self._note(self._decodes, "decode", n_rows, seconds)
         if self._now >= self._doubts_at:
             self._doubt()
 
-    def passed(self, seconds: float) -> None:
-        """A decode took so many seconds, of which nothing is learned."""
-        self._now += 1
+    def passed(self, n: int, seconds: float) -> None:
+        """n decodes took so many seconds, of which nothing is learned."""
+        self._now += n
         self._clock += seconds
 
     def drafted(self, n: int, seconds: float) -> None:

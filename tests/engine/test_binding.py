@@ -96,15 +96,18 @@ def test_hidden_rows_are_the_same_in_every_mode(trunk: engine.Context, n: int) -
     np.testing.assert_array_equal(rows[engine.HIDDEN_OUTPUTS], rows[engine.HIDDEN_ALL])
 
 
-def test_a_hidden_row_that_does_not_last_is_the_same_one(trunk: engine.Context) -> None:
+def test_hidden_rows_go_to_their_places(trunk: engine.Context) -> None:
     trunk.set_hidden(engine.HIDDEN_OUTPUTS)
-    rows = []
-    for n_past, token in enumerate((300, 301)):
-        trunk.decode(engine.Batch(1).set([token], n_past, 0))
-        rows.append((trunk.hidden_rows(0, 1), trunk.hidden_rows(0, 1, lasting=False)))
-        np.testing.assert_array_equal(*rows[-1])
-    assert rows[0][1] is rows[1][1]
-    assert not np.array_equal(rows[0][0], rows[1][0])
+    room = engine.HiddenRows(4, trunk.n_hidden)
+    trunk.decode(engine.Batch(3).set([300, 301, 302], 0, 0, outputs="all"))
+    own = trunk.hidden_rows(0, 3)
+    np.testing.assert_array_equal(trunk.hidden_rows(1, 2, room, 2), own[1:])
+    np.testing.assert_array_equal(room.array, [0 * own[0], 0 * own[0], own[1], own[2]])
+    assert not np.array_equal(own[1], own[2])
+    with pytest.raises(IndexError):
+        trunk.hidden_rows(0, 3, room, 2)
+    with pytest.raises(engine.NoSuchRow, match="row 3"):
+        trunk.hidden_rows(3, 1, room)
 
 
 def test_a_batch_that_is_used_again_has_the_outputs_that_are_asked_for(trunk: engine.Context) -> None:

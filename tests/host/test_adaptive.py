@@ -6,6 +6,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from ds4_mtp_plugin import MtpDraft, NgramDraft, engine
 from ds4_mtp_plugin.engine import Best
 from ds4_mtp_plugin.host import session as session_module
 from ds4_mtp_plugin.host.wraps import session_of
-from ds4_mtp_plugin.speculation import AdaptiveDepth, FixedDepth, NominalDepth
+from ds4_mtp_plugin.speculation import N_KEEP, AdaptiveDepth, FixedDepth, NominalDepth
 from tests.fixtures import GPU_LAYERS
+from tests.fixtures.mtp_gguf import plant as plant_family
 from tests.fixtures.planted import BY_CONTEXT, Planted
 from tests.text import generate
 
@@ -60,11 +62,25 @@ class Scripted(AdaptiveDepth):
         self.times.append(("decoded", n_rows))
 
 
-def script(llm: Llama, *said: Any) -> Scripted:
+class Resting(Scripted):
+    """As many tokens pass behind each plain decode as `rests` says."""
+
+    rests = 0
+
+    @property
+    def rest(self) -> int:
+        return self.rests
+
+    def rested(self, n: int, each: float) -> None:
+        self.times.append(("rested", n))
+
+
+def script(llm: Llama, *said: Any, rest: int = 0) -> Scripted:
     session = session_of(llm)
     assert session is not None
-    session._depth = Scripted(list(said))
-    return session._depth
+    session._depth = depth = Resting(list(said))
+    depth.rests = rest
+    return depth
 
 
 @pytest.mark.parametrize("said", [2, "probe"])
@@ -129,6 +145,118 @@ def test_every_decode_is_timed_and_every_draft_answered_for(llama: Make, plant: 
     assert depth.times == (cycle * 3)[: len(depth.times)] and len(depth.times) >= len(cycle)
     answers = [(0, True), (0, True), (1, True), (0, True)]
     assert depth.outcomes == (answers * 4)[: len(depth.outcomes)] and len(depth.outcomes) >= len(answers)
+
+
+@pytest.mark.parametrize("said", [0, "probe"])
+def test_behind_a_rest_drafts_are_as_right_as_ever(llama: Make, plant: Plant, said: Any) -> None:
+    files = plant(acceptance=1.0)
+    plain = generate(llama(files.trunk), files.cycle[:30].tolist(), 40, temp=0.0)
+    draft = MtpDraft(files.mtp, num_pred_tokens=4, adaptive=True, ngram=False)
+    llm = llama(files.trunk, draft_model=draft)
+    depth = script(llm, said, 2, rest=3)
+    assert generate(llm, files.cycle[:30].tolist(), 40, temp=0.0) == plain
+    looked = [each for each in depth.times if each[0] != "drafted"]
+    assert looked[:6] == [("decoded", 1), ("rested", 3), ("decoded", 3)] * 2
+    right = [(0, True), (0, True), (1, True)] if said == "probe" else [(0, True), (1, True)]
+    assert depth.outcomes == (right * 8)[: len(depth.outcomes)] and len(depth.outcomes) > 8
+    assert draft.stats.plain >= 4 * (draft.stats.iters - 1)
+
+
+def test_a_rest_ends_with_what_ends_the_text_as_it_is(llama: Make, plant: Plant) -> None:
+    files = plant(acceptance=1.0)
+    prompt = files.cycle[:30].tolist()
+
+    def cut(llm: Llama) -> None:
+        llm.n_tokens -= 2
+        llm._ctx.kv_cache_seq_rm(-1, llm.n_tokens, -1)
+
+    other = llama(files.trunk)
+    other.eval([*range(10), *range(10), *range(20)])
+    state = other.save_state()
+
+    def reload(llm: Llama) -> None:
+        llm.load_state(state)
+        for token in (0, 1):
+            llm.eval([token])
+        if (session := session_of(llm)) is not None:  # of the text that was loaded
+            assert list(session._spec.ready(0, llm.n_tokens, 2, 3).tokens) == [3, 4, 5]
+
+    def again(llm: Llama) -> None:
+        llm.reset()  # type: ignore[no-untyped-call, unused-ignore]
+        llm.eval(files.cycle[500:540].tolist())
+
+    def some(llm: Llama) -> None:
+        llm.eval([3])
+
+    def several(llm: Llama) -> None:
+        llm.eval([3, 4])
+
+    def without(llm: Llama) -> None:
+        llm.draft_model, draft = None, llm.draft_model
+        some(llm)
+        llm.draft_model = draft
+
+    for change in (cut, reload, again, some, several, without):
+        texts, rights = [], []
+        for draft in (None, MtpDraft(files.mtp, num_pred_tokens=4, adaptive=True)):
+            llm = llama(files.trunk, draft_model=draft)
+            depth = None if draft is None else script(llm, 0, 2, rest=4)
+            text = generate(llm, prompt, 3, temp=0.0)  # amid a rest
+            change(llm)
+            if depth is not None:
+                assert depth.outcomes == [] and depth.times[0] == ("decoded", 1)
+            text += generate(llm, [*llm.input_ids[: llm.n_tokens].tolist(), text[-1]], 60, temp=0.0)
+            texts.append(text)
+            rights = [] if depth is None else [right for _, right in depth.outcomes]
+        assert texts[0] == texts[1] and draft is not None and draft.stats.failures == 0, change
+        assert len(rights) > 8 and rights.count(False) <= 2, change
+
+
+def test_a_text_that_is_cut_amid_a_rest(llama: Make, tmp_path: Path) -> None:
+    family = plant_family(tmp_path, "glm4moe")  # whose memory removes any row
+    depth = script(llm := llama(family.trunk, draft_model=MtpDraft(ngram=False)), 0, 2, rest=4)
+    tokens = llm.generate(family.prompt(30), temp=0.0)
+    for _ in range(4):
+        next(tokens)
+    llm.n_tokens -= 2
+    llm._ctx.kv_cache_seq_rm(-1, llm.n_tokens, -1)
+    for _ in range(20):
+        next(tokens)
+    looked = [each for each in depth.times if each[0] != "drafted"]
+    assert looked[:3] == [("decoded", 1), ("rested", 2), ("decoded", 1)]
+    assert looked[3:7] == [("rested", 4), ("decoded", 1), ("rested", 4), ("decoded", 3)]
+
+
+def test_a_rest_is_no_longer_than_rows_can_be_kept(llama: Make, plant: Plant) -> None:
+    files = plant(acceptance=1.0)
+    depth = script(llm := llama(files.trunk, draft_model=MtpDraft(files.mtp)), 0, rest=50)
+    generate(llm, files.cycle[:30].tolist(), 30, temp=0.0)
+    assert depth.times[:2] == [("decoded", 1), ("rested", N_KEEP - 1)]
+
+
+def test_a_decode_that_fails_amid_a_rest_is_the_apps(
+    llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = plant(acceptance=1.0)
+    prompt = files.cycle[:30].tolist()
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=4, adaptive=True))
+    expected = generate(llm, prompt, 60, temp=0.0)
+    script(llm, 0, 2, rest=4)
+    text = generate(llm, prompt, 3, temp=0.0)  # amid a rest
+    decode = llm._ctx.decode
+
+    def failing(*args: Any) -> None:
+        decode(*args)
+        raise RuntimeError("of the app")
+
+    monkeypatch.setattr(llm._ctx, "decode", failing)
+    with pytest.raises(RuntimeError, match="of the app"):
+        llm.eval(text[2:])
+    monkeypatch.undo()
+    llm.eval(text[2:])  # what the failed one left in memory would be in the way
+    text.append(llm.sample(temp=0.0))
+    assert text == expected[:4]
+    assert generate(llm, [*prompt, *text], 56, temp=0.0) == expected[4:]
 
 
 def test_a_draft_ends_where_the_next_is_not_worth_it_and_only_what_is_worth_it_is_verified(

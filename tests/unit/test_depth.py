@@ -259,6 +259,84 @@ def test_an_exception_from_outside_leaves_no_half_known_costs(monkeypatch: pytes
     assert depth.choose(N_MAX) == N_MAX
 
 
+def idle(depth: AdaptiveDepth, n: int, single: float, *, rests: bool, right: bool = False) -> tuple[int, int]:
+    """n tokens at which drafting does not pay: how many were looked at, and how many drafts were made to compare."""
+    looks = probes = tokens = 0
+    while tokens < n:
+        looks, tokens = looks + 1, tokens + 1
+        if depth.choose(N_MAX) == 0 and not depth.probing:
+            depth.decoded(1, single)
+        else:
+            probes += depth.probing
+            depth.more(SURE)
+            depth.drafted(1, 0.6 * single)
+            depth.worth(1)
+            depth.decoded(1, single)
+            depth.outcome(0, right)
+        if rests and depth.rest > 0:
+            rest = min(depth.rest, 7)
+            depth.rested(rest, single)
+            tokens += rest
+    return looks, probes
+
+
+def test_where_drafting_does_not_pay_speculation_rests_and_probes_as_often() -> None:
+    (looks, probes), (all_looks, all_probes) = (
+        idle(AdaptiveDepth(N_MAX), 4000, 0.001, rests=rests) for rests in (True, False)
+    )
+    assert all_looks == 4000 and looks < 800
+    assert 0.7 * all_probes < probes < 1.1 * all_probes and probes > 40
+
+
+def test_the_time_between_two_looks_is_a_short_one() -> None:
+    rests = {}
+    for single in (0.001, 0.004, 0.02):
+        depth = AdaptiveDepth(N_MAX)
+        idle(depth, 100, single, rests=False)
+        rests[single] = depth.rest
+    assert rests == {0.001: 10, 0.004: 2, 0.02: 0}
+
+
+def test_speculation_rests_only_where_there_is_nothing_to_see() -> None:
+    depth = AdaptiveDepth(N_MAX)
+    assert depth.rest == 0
+    idle(depth, 100, 0.001, rests=False)
+    depth.take([0.1] * 3)
+    assert depth.rest == 0  # the text begins to repeat itself
+    depth.take([])
+    assert depth.rest > 0
+    while not depth.probing:
+        depth.choose(N_MAX)
+        depth.decoded(1, 0.001)
+    depth.drafted(1, 0.0006)
+    depth.outcome(0, True)
+    assert depth.rest == 0  # a draft was right
+    idle(depth, 100, 0.001, rests=False)
+    assert depth.rest > 0
+    depth.decoded(4, 0.002)
+    depth.decoded(1, 0.001)
+    assert depth.rest == 0  # drafts of the text were verified
+    depth = AdaptiveDepth(N_MAX)
+    for _ in range(20):
+        if depth.choose(N_MAX) > 0:
+            depth.drafted(1, 0.0001)
+        depth.decoded(1, 0.001)
+    assert depth.choose(N_MAX) > 0 and depth.rest == 0  # drafts pay, but were not worth it of late
+    assert AdaptiveDepth(0).rest == FixedDepth(0).rest == FixedDepth(3, text=False).rest == 0
+    assert FixedDepth(0, text=False).rest > 1000
+    nominal = NominalDepth(N_MAX, CPU_COSTS)
+    idle(nominal, 100, 0.001, rests=False)
+    assert nominal.rest == 0
+
+
+def test_what_single_rows_take_is_learned_from_rests_too() -> None:
+    """And not from looks, which take longer."""
+    depth = AdaptiveDepth(N_MAX)
+    idle(depth, 200, 0.001, rests=True)
+    looks = [n for n in range(500) if depth.rested(7, 0.0005) or depth.decoded(1, 0.002)]
+    assert not looks and depth.times()[0][1] == 0.0005
+
+
 def test_single_rows_are_timed_seldom_beside_drafts_of_the_text() -> None:
     depth, singles = AdaptiveDepth(0), 0
     for _ in range(3000):

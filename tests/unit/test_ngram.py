@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -147,21 +148,37 @@ class _Fragile(list[int]):
         super().append(value)
 
 
-@pytest.mark.parametrize("name", ["tokens", "before"])
 @pytest.mark.parametrize("n", range(1, 6))
-def test_an_exception_from_outside_leaves_it_usable(name: str, n: int) -> None:
-    drafter = NgramDrafter()
-    drafter.process(0, 0, [1, 2, 3, 4], NONE)
-    s = drafter._sequences[0]
-    setattr(s, name, _Fragile(getattr(s, name), n))
+def test_an_exception_from_outside_as_tokens_come_leaves_it_usable(n: int) -> None:
+    drafter, text = NgramDrafter(), [1, 2, 3, 4, 1, 2, 3, 5, 6]
+
+    def interrupted() -> Iterator[int]:
+        yield from text[4 : 3 + n]
+        raise Interrupt
+
+    drafter.process(0, 0, text[:4], NONE)
     with pytest.raises(Interrupt):
-        drafter.process(0, 4, [1, 2, 3, 5, 6], NONE)
-    getattr(s, name).n = 0
-    text = [1, 2, 3, 4, 1, 2, 3, 5, 6][: s.hi]
+        drafter._sequences[0].add(interrupted())
+    check(drafter, text[: drafter._sequences[0].hi])
+
+
+@pytest.mark.parametrize("n", range(1, 10))
+def test_an_exception_from_outside_as_runs_are_looked_at_leaves_it_usable(n: int) -> None:
+    drafter, text = NgramDrafter(), [1, 2, 3, 4, 1, 2, 3, 5, 6]
+    drafter.process(0, 0, text, NONE)
+    s = drafter._sequences[0]
+    s.before = before = _Fragile(s.before, n)
+    with pytest.raises(Interrupt):
+        drafter.draft(0, len(text), 2, 4)
+    before.n = 0
+    check(drafter, text)
+
+
+def check(drafter: NgramDrafter, text: list[int]) -> None:
     assert drafter.draft(0, len(text), 2, 4) == searched(text, 2, 4)
     more = [8, 1, 2, 3, 4, 1]
     drafter.process(0, len(text), more, NONE)
-    text += more
+    text = text + more
     for token in (2, 3, 9):
         assert drafter.draft(0, len(text), token, 4) == searched(text, token, 4)
     drafter.rollback(0, 2)

@@ -7,7 +7,7 @@ every token that comes, drafted or not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ...engine import EngineError, Floats
 from .drafter import NOTHING_READY, More, Ready
@@ -29,45 +29,51 @@ _BIN = [max(least for least in _PRIORS if least <= max(n, _SHORTEST)) for n in r
 class _Sequence:
     """Committed tokens of one sequence, and where each run of `_SHORTEST` of them was last.
 
-    An exception from outside, at any line, leaves it usable: `tokens` may be longer than `before`, which counts, and a
-    place may be missing from `last`.
+    Runs are looked at when a match is wanted (`index`), many at once. An exception from outside, at any line, leaves it
+    usable: a place may be missing from `last`.
     """
 
     def __init__(self, lo: int) -> None:
         self.lo = lo  # the position of tokens[0]
         self.tokens: list[int] = []
         self.last: dict[int, int] = {}  # by key: the index of the last token of the run that came last
-        self.before: list[int] = []  # for each index: that of the same run before it, -1 for none
+        # For each index, as far as runs were looked at: that of the same run before it, -1 for none.
+        self.before: list[int] = []
 
     @property
     def hi(self) -> int:
         """The position behind the last token."""
-        return self.lo + len(self.before)
+        return self.lo + len(self.tokens)
 
-    def add(self, tokens: Sequence[int]) -> None:
+    def add(self, tokens: Iterable[int]) -> None:
+        self.tokens.extend(map(int, tokens))
+
+    def index(self) -> None:
+        """Look at the runs that came since it was last called."""
         text, before, last = self.tokens, self.before, self.last
-        del text[len(before) :]
-        for token in tokens:
-            text.append(int(token))
-            key = _key(text[-_SHORTEST:])
+        for i in range(len(before), len(text)):
+            key = self._key(i)
             before.append(last.get(key, -1))
-            last[key] = len(before) - 1
+            last[key] = i
 
     def cut(self, hi: int) -> None:
         """Forget the tokens at position `hi` and behind."""
-        for i in range(len(self.before) - 1, max(hi - self.lo, 0) - 1, -1):
+        n = max(hi - self.lo, 0)
+        for i in range(len(self.before) - 1, n - 1, -1):
             key = self._key(i)
             if self.before[i] < 0:
                 self.last.pop(key, None)
             else:
                 self.last[key] = self.before[i]
             self.before.pop()
+        del self.tokens[n:]
 
     def match(self, token: int) -> tuple[int, int]:
         """Where the last tokens, and `token` behind them, came before: the index of the next one, and how many."""
-        n = len(self.before)
+        n = len(self.tokens)
         if n < _SHORTEST - 1:
             return 0, 0
+        self.index()
         tokens = self.tokens
         place, found, longest = self.last.get(_key([*tokens[n - _SHORTEST + 1 : n], token]), -1), 0, 0
         for _ in range(_PLACES):
