@@ -23,13 +23,16 @@
 #if defined(__SSE__) || defined(_M_X64)
 #include <xmmintrin.h>
 
-// Weights are asked for so many bytes before they are wanted: what the hardware fetches by itself ends with a page.
-#define DS4_MTP_AHEAD 4096
+// Weights are asked for so many bytes before they are wanted: what the hardware fetches by itself ends with a page. First
+// into L2, which waits for many lines at once, then into L1, which waits for few: so they are near by then.
+#define DS4_MTP_FAR  4096
+#define DS4_MTP_NEAR 512
 
 // A kernel is about to read the `size` bytes of weights at p.
 DS4_MTP_ALWAYS_INLINE void ds4_mtp_ask_ahead(const void * p, size_t size) {
     for (size_t i = 0; i < size; i += 64) {
-        _mm_prefetch((const char *) p + DS4_MTP_AHEAD + i, _MM_HINT_T0);
+        _mm_prefetch((const char *) p + DS4_MTP_FAR + i, _MM_HINT_T1);
+        _mm_prefetch((const char *) p + DS4_MTP_NEAR + i, _MM_HINT_T0);
     }
 }
 #endif
