@@ -2,8 +2,8 @@
 
 The model is loaded once, and everyone gets it with the same threads, in rounds, the order of which turns. Ratios are to
 plain decoding in the same round: their median, the least and the greatest. The limit is what a number of drafts could
-gain at best, (tokens per cycle) / (time of a verify and its drafts, in single rows): what is not reached of it is spent
-elsewhere than in the engine.
+gain at best: tokens per cycle, over the time of a verify, its drafts, and the host's own loop for as many tokens, in
+plain tokens. What is not reached of it is spent elsewhere.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Contender:
     depth: AdaptiveDepth | None
     first: list[float] = field(default_factory=list)  # seconds to the first token
     seconds: list[float] = field(default_factory=list)  # from there to the last
+    decodes: list[float] = field(default_factory=list)  # of plain decoding: those of them that the engine took
     tokens: list[int] = field(default_factory=list)
     cycles: int = 0
     accepted: list[int] = field(default_factory=list)  # verifies in which drafts 1, 2, ... were accepted
@@ -62,6 +63,18 @@ class Contender:
         before = draft.stats
         vocab = llama_cpp.llama_model_get_vocab(llm.model)
         self.tokens = []
+        decoding = 0.0
+
+        def timed(batch: Any) -> None:
+            nonlocal decoding
+            t0 = time.perf_counter()
+            decode(batch)
+            llama_cpp.llama_synchronize(llm.ctx)
+            decoding += (time.perf_counter() - t0) if self.tokens else 0.0
+
+        decode = llm._ctx.decode
+        if self.depth is None:
+            llm._ctx.decode = timed  # type: ignore[method-assign]
         start = first = time.perf_counter()
         for token in llm.generate(prompt, **sampling):
             if not self.tokens:
@@ -70,6 +83,9 @@ class Contender:
             if len(self.tokens) == n or llama_cpp.llama_vocab_is_eog(vocab, token):
                 break
         end = time.perf_counter()
+        if self.depth is None:
+            del llm._ctx.decode  # the class's is there again
+        self.decodes.append(decoding)
         self.first.append(first - start)
         self.seconds.append(end - first)
         stats = draft.stats.since(before)
@@ -81,7 +97,8 @@ class Contender:
 
     def forget(self) -> None:
         """The rounds so far were to warm up."""
-        self.first, self.seconds, self.accepted, self.verifies, self.costs, self.cycles = [], [], [], [], [], 0
+        self.first, self.seconds, self.decodes = [], [], []
+        self.accepted, self.verifies, self.costs, self.cycles = [], [], [], 0
 
     @property
     def acceptance(self) -> list[float]:
@@ -173,12 +190,14 @@ def measured(field: list[Contender], n_prompt: int, threads: int, *, exact: bool
             "same_text": each.tokens == plain.tokens,
         }
     single = statistics.median(plain.seconds) / (len(plain.tokens) - 1)
+    of_host = statistics.median(1 - d / s for d, s in zip(plain.decodes, plain.seconds))
     costs = {}
     for each in field[2:]:
         assert each.depth is not None
         if each.costs:
             verify, drafting = (statistics.median(ms) / (1000 * single) for ms in zip(*each.costs))
-            limit = rows[each.name]["tokens_per_cycle"] / (verify + drafting)
+            n = rows[each.name]["tokens_per_cycle"]
+            limit = n / (verify + drafting + n * of_host)
             costs[str(each.depth.n_max)] = {
                 "verify_rows": verify,
                 "drafts_rows": drafting,
@@ -193,6 +212,7 @@ def measured(field: list[Contender], n_prompt: int, threads: int, *, exact: bool
         "rounds": len(plain.seconds),
         "exact": exact,
         "single_row_ms": 1000 * single,
+        "host_ms": 1000 * single * of_host,
         "acceptance": deepest.acceptance,
         "contenders": rows,
         "drafts": costs,
@@ -214,10 +234,10 @@ def rendered(result: dict[str, Any]) -> str:
     accepted = ", ".join(f"{share:.2f}" for share in result["acceptance"])
     lines.append(
         (f"accepted at position 1, 2, ...: {accepted}; " if accepted else "")
-        + f"a single row takes {result['single_row_ms']:.2f} ms"
+        + f"a plain token takes {result['single_row_ms']:.2f} ms, {result['host_ms']:.2f} of them in the host's loop"
     )
     lines += [
-        f"-k {k}: verify {cost['verify_rows']:.2f} rows, drafting {cost['drafts_rows']:.2f}; "
+        f"-k {k}: verify {cost['verify_rows']:.2f} of it, drafting {cost['drafts_rows']:.2f}; "
         f"at best {cost['limit']:.2f}, reached {cost['reached']:.2f} of it"
         for k, cost in result["drafts"].items()
     ]
