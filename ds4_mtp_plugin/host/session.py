@@ -179,6 +179,7 @@ class Session:
             if generation.drafting and self.drafts_with(llama.draft_model):
                 self._checkpoints.cut(llama.n_tokens)
                 self._spec.keep_hidden(HIDDEN_OUTPUTS)
+                t0 = self._clock()  # without what a rest spares: who decides for plain decoding gets that
                 self._eval_one(llama, host_eval, tokens, self._spec.target.seq_pos_max(_SEQ))
                 self._spec.target.wait()
                 self._depth.decoded(1, self._clock() - t0)
