@@ -12,6 +12,8 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,29 +65,17 @@ class Contender:
         before = draft.stats
         vocab = llama_cpp.llama_model_get_vocab(llm.model)
         self.tokens = []
-        decoding = 0.0
-
-        def timed(batch: Any) -> None:
-            nonlocal decoding
-            t0 = time.perf_counter()
-            decode(batch)
-            llama_cpp.llama_synchronize(llm.ctx)
-            decoding += (time.perf_counter() - t0) if self.tokens else 0.0
-
-        decode = llm._ctx.decode
-        if self.depth is None:
-            llm._ctx.decode = timed  # type: ignore[method-assign]
-        start = first = time.perf_counter()
-        for token in llm.generate(prompt, **sampling):
-            if not self.tokens:
-                first = time.perf_counter()
-            self.tokens.append(token)
-            if len(self.tokens) == n or llama_cpp.llama_vocab_is_eog(vocab, token):
-                break
-        end = time.perf_counter()
-        if self.depth is None:
-            del llm._ctx.decode  # the class's is there again
-        self.decodes.append(decoding)
+        with _decodes(llm) if self.depth is None else nullcontext([0.0]) as decodes:
+            start = first = time.perf_counter()
+            for token in llm.generate(prompt, **sampling):
+                if not self.tokens:
+                    first = time.perf_counter()
+                    decodes.clear()
+                self.tokens.append(token)
+                if len(self.tokens) == n or llama_cpp.llama_vocab_is_eog(vocab, token):
+                    break
+            end = time.perf_counter()
+        self.decodes.append(sum(decodes))
         self.first.append(first - start)
         self.seconds.append(end - first)
         stats = draft.stats.since(before)
@@ -104,6 +94,25 @@ class Contender:
     def acceptance(self) -> list[float]:
         """Of the verifies with a draft 1, 2, ... the share in which it, and all before it, was accepted."""
         return [a / v for a, v in zip(self.accepted, self.verifies) if v]
+
+
+@contextmanager
+def _decodes(llm: Llama) -> Iterator[list[float]]:
+    """The seconds of each decode of the host's loop meanwhile."""
+    seconds: list[float] = []
+    decode = llm._ctx.decode
+
+    def timed(batch: Any) -> None:
+        t0 = time.perf_counter()
+        decode(batch)
+        llama_cpp.llama_synchronize(llm.ctx)
+        seconds.append(time.perf_counter() - t0)
+
+    llm._ctx.decode = timed  # type: ignore[method-assign]
+    try:
+        yield seconds
+    finally:
+        del llm._ctx.decode  # the class's is there again
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
