@@ -26,6 +26,8 @@ from llama_cpp import Llama
 from llama_cpp._logger import set_verbose
 
 from ds4_mtp_plugin import MtpDraft
+from ds4_mtp_plugin.host.wraps import session_of
+from ds4_mtp_plugin.speculation import FixedDepth
 from tests.fixtures import GPU_LAYERS
 from tests.text import generate
 
@@ -257,6 +259,32 @@ def lines(pair: Pair, n: int) -> dict[str, Any]:
     return interrupted_at_lines(pair, pair.llama(), first, other, n)
 
 
+class Resting(FixedDepth):
+    """Drafts at every other look, and rests behind those at which it does not."""
+
+    def __init__(self) -> None:
+        super().__init__(3, text=False)
+        self._looks = 0
+
+    def choose(self, room: int) -> int:
+        self._looks += 1
+        return super().choose(room if self._looks % 2 else 0)
+
+    @property
+    def rest(self) -> int:
+        return 4
+
+
+def rests(pair: Pair, n: int) -> dict[str, Any]:
+    """The same where speculation rests."""
+    first, other = (prompt[:20] for prompt in prompts(2, seed=5))
+    llm = pair.llama()
+    session = session_of(llm)
+    assert session is not None
+    session.choose_by(Resting())
+    return interrupted_at_lines(pair, llm, first, other, n)
+
+
 def resumed(pair: Pair, n: int) -> dict[str, Any]:
     """The same where each prompt goes on from a checkpoint of the one before."""
     first, other = ([*(261 + i * i % 239 for i in range(256)), *prompt[:20]] for prompt in prompts(2, seed=5))
@@ -318,6 +346,7 @@ CASES: dict[str, Callable[[Pair, int], dict[str, Any]]] = {
     "rounds": rounds,
     "interrupts": interrupts,
     "lines": lines,
+    "rests": rests,
     "resumed": resumed,
 }
 
