@@ -262,9 +262,9 @@ def lines(pair: Pair, n: int) -> dict[str, Any]:
 class Resting(FixedDepth):
     """Drafts at every other look, and rests behind those at which it does not."""
 
-    def __init__(self) -> None:
+    def __init__(self, rest: int = 4) -> None:
         super().__init__(3, text=False)
-        self._looks = 0
+        self._looks, self._rest = 0, rest
 
     def choose(self, room: int) -> int:
         self._looks += 1
@@ -272,7 +272,7 @@ class Resting(FixedDepth):
 
     @property
     def rest(self) -> int:
-        return 4
+        return self._rest
 
 
 def rests(pair: Pair, n: int) -> dict[str, Any]:

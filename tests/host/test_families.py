@@ -13,10 +13,12 @@ from llama_cpp import Llama
 from ds4_mtp_plugin import MtpDraft, NgramDraft
 from ds4_mtp_plugin.gguf import check_inside
 from ds4_mtp_plugin.gguf.families import FAMILIES
+from ds4_mtp_plugin.host.wraps import session_of
 from tests.fixtures import GPU_LAYERS
 from tests.fixtures.mtp_gguf import Planted as Family
 from tests.fixtures.mtp_gguf import plant as plant_family
 from tests.fixtures.planted import Planted
+from tests.host.lives import Resting
 from tests.text import check_plain, generate, text_and_logits
 
 Make = Callable[..., Llama]
@@ -82,6 +84,27 @@ def test_each_draft_is_made_from_the_right_hidden_row(llama: Make, family: Famil
     as_planted = sum(family.first[a] == b for a, b in zip(text, text[1:])) / len(text)
     first, second, third = stats.rate_per_position
     assert first > as_planted**2 - 0.1 and second > first * (as_planted - 0.15) and third > second * (as_planted - 0.2)
+
+
+def test_behind_a_rest_each_draft_is_the_one_without(llama: Make, family: Family) -> None:
+    """Rows of tokens at which speculation did not look reach the head all the same."""
+    made: list[dict[int, list[int]]] = []
+    for rest in (0, 4):
+        llm = llama(family.trunk, draft_model=MtpDraft(num_pred_tokens=3, ngram=False), n_ctx=1024)
+        session, found = session_of(llm), {}
+        assert session is not None
+        session.choose_by(Resting(rest))
+        draft = session._spec.draft
+
+        def noted(seq_id: int, n_past: int, *args: Any, found: Any = found, draft: Any = draft) -> list[int]:
+            found[n_past] = draft(seq_id, n_past, *args)
+            return list(found[n_past])
+
+        session._spec.draft = noted  # type: ignore[method-assign]
+        generate(llm, family.prompt(40), 700)
+        made.append(found)
+    both = made[0].keys() & made[1].keys()
+    assert len(both) > 4 and all(made[0][p] == made[1][p] for p in both)
 
 
 def test_several_heads_make_one_draft_each(llama: Make, directory: Path) -> None:
