@@ -146,7 +146,8 @@ class Session:
 
     def eval(self, llama: Llama, host_eval: Callable[[Sequence[int]], None], tokens: Sequence[int]) -> None:
         self.check_open()
-        if self._rest > 0 and len(tokens) == 1 and llama.n_tokens == self._kept_at + self._kept:
+        rests = self._rest > 0 and len(tokens) == 1 and self._running is not None and self._ledger.sure
+        if rests and llama.n_tokens == self._kept_at + self._kept:
             self._rest -= 1
             if self._rested > 0:
                 self._eval_one(llama, host_eval, tokens, llama.n_tokens - 1)
@@ -179,11 +180,11 @@ class Session:
             if generation.drafting and self.drafts_with(llama.draft_model):
                 self._checkpoints.cut(llama.n_tokens)
                 self._spec.keep_hidden(HIDDEN_OUTPUTS)
-                t0 = self._clock()  # without what a rest spares: who decides for plain decoding gets that
+                t0 = self._clock()  # less the time of choosing, most of which rests spare where nothing is drafted
                 self._eval_one(llama, host_eval, tokens, self._spec.target.seq_pos_max(_SEQ))
                 self._spec.target.wait()
                 self._depth.decoded(1, self._clock() - t0)
-                self._rest = min(self._depth.rest, N_KEEP - self._kept)
+                self._rest = min(self._depth.rest, N_KEEP - self._kept) if self._kept > 0 else 0
             else:
                 self._spec.counters.plain += 1
                 self._eval_chunk(llama, host_eval, tokens, keep=0)
@@ -237,7 +238,7 @@ class Session:
                 saved = (getattr(state, name, None) for name in ("ds4_mtp_batches", "ds4_mtp_known"))
                 self._ledger.load(llama.n_tokens, *saved)
             # Hidden rows are no part of a state: cold until a token is evaluated.
-            self._kept = self._rest = 0
+            self._kept = self._rest = self._rested = 0
             self._spec.begin(_SEQ)
             self._spec.process(_SEQ, 0, llama.input_ids[: llama.n_tokens].tolist(), self._spec.target.hidden_rows(0, 0))
 
@@ -289,6 +290,7 @@ class Session:
 
     def choose_by(self, depth: AdaptiveDepth) -> None:
         """From the next cycle on `depth` chooses how many tokens are drafted."""
+        self._rest = self._rested = 0
         self._depth = depth
 
     def check_open(self) -> None:
@@ -312,7 +314,10 @@ class Session:
         verify, unverified, self._unverified = self._verify, self._unverified, None
         if verify is None or verify.expected is None:
             if unverified is not None and unverified[0] == llama.n_tokens:
-                self._observe(0, unverified[1] == token)
+                right = unverified[1] == token
+                self._observe(0, right)
+                if right:
+                    self._rest = 0  # the next token is looked at
             return
         if not verify.ready:  # who drafts from the text keeps an account of its own
             self._observe(verify.row, verify.expected == token)

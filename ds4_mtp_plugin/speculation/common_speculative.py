@@ -40,8 +40,8 @@ class Verify:
 
     Attributes:
         tokens: the token sampled last, then its drafts.
-        hidden: their hidden rows, shape (len(tokens), n_embd_out); none for a drafter that wants none. They live until
-            the sequence's next verify.
+        hidden: their hidden rows, shape (len(tokens), n_hidden); none for a drafter that wants none. They live until
+            the sequence's next verify, or until a row is kept.
         ready: the drafts lay ready.
         row: the last row that is committed.
     """
@@ -223,7 +223,8 @@ class CommonSpeculative:
     def _rows_of(self, seq_id: int) -> HiddenRows:
         rows = self._rows.get(seq_id)
         if rows is None:
-            rows = self._rows[seq_id] = HiddenRows(max(self.n_draft + 1, N_KEEP), self.target.n_hidden)
+            n = max(self.n_draft + 1, N_KEEP) if self.drafter.window else 0
+            rows = self._rows[seq_id] = HiddenRows(n, self.target.n_hidden)
         return rows
 
     def _room(self, n_past: int, n_max: int) -> int:

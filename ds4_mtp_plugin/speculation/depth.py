@@ -62,8 +62,9 @@ _READY_LEAST = 0.5
 # timed in a bad moment would make a loss of it, and is never left for long. So many of them decide; times before count
 # no more if these are so much less.
 _REFRESH, _REFRESH_AT_LAST, _LITTLE, _REFRESH_LITTLE, _AGAIN, _FASTER = 32, 256, 1.2, 48, 3, 0.95
-# Where nothing was drafted for so many single rows, so many seconds pass between two looks, and the times of one look,
-# or one rest, in so many are learned: Python takes a share of a small model's token.
+# Where for so many single rows nothing was verified and no draft was right, so many seconds pass between two looks (and
+# no more tokens than hidden rows are kept of), and the times of one look, or one rest, in so many are learned: Python
+# takes a share of a small model's token.
 _QUIET, _REST, _QUIETLY = 8, 0.01, 4
 
 
@@ -253,6 +254,7 @@ class AdaptiveDepth:
         else:
             self._times.passed(n - 1, (n - 1) * each)
             self._times.decoded(1, each)
+            self._single_before = self._times.single
             self._vain = 0
         self._passed(n, n * each)
 
@@ -271,7 +273,7 @@ class AdaptiveDepth:
             led[lead] = rate + max(_LEAD_WEIGHT, 1 / (n + 1)) * (right - rate), n + 1
         self._rates[position] += weight * (right - self._rates[position])
         if position == 0 and right:
-            self._before, self._quiet = self._rates[0], 0
+            self._before, self._quiet, self._vain = self._rates[0], 0, 0
             if self._worth > 0:
                 self._since_right = 0
         for deeper in range(max(position + 1, self._worth), self.n_max):

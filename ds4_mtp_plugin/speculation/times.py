@@ -63,7 +63,7 @@ class Times:
     @property
     def known(self) -> bool:
         """Whether a single row was timed: before that nothing else can be guessed."""
-        return 1 in self._decodes
+        return 1 in self._medians[0]
 
     @property
     def single(self) -> float:
@@ -147,10 +147,12 @@ class Times:
         if n not in times or (times[n].stale and seconds < _CONFIRMED * times[n].median):
             if n in times:
                 self.doubt_soon()
-            times[n] = _Size()
-        each = times[n]
+            each = _Size()
+        else:
+            each = times[n]
         was_stale, each.stale = each.stale, False
         each.add(seconds, self._now, self._clock)
+        times[n] = each  # with a time: an exception from outside may come before
         drafts = times is self._drafts
         believed = self._medians[drafts].get(n, 0.0)
         moved = abs(each.median - believed) > _NEGLIGIBLE * believed

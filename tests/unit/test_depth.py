@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -329,12 +330,59 @@ def test_speculation_rests_only_where_there_is_nothing_to_see() -> None:
     assert nominal.rest == 0
 
 
+def until_drafting_begins(seed: int, *, rests: bool) -> int:
+    """Of a text whose drafts are wrong for 1,000 tokens, then right: how many of those. Asked as a session asks."""
+    depth, rng, tokens, single, change = AdaptiveDepth(N_MAX), random.Random(seed), 0, 0.001, 1000 + seed
+    while True:
+        n, right = depth.choose(N_MAX), tokens > change and rng.random() < 0.95
+        if n > 0 and tokens > change:
+            return tokens - change
+        rest = 0
+        if n > 0 or depth.probing:
+            depth.more(SURE)
+            depth.drafted(1, 0.2 * single)
+            n = depth.worth(1)
+        depth.decoded(n + 1, (1 + 0.4 * n) * single * rng.uniform(1, 1.1))
+        if n == 0 and rests:
+            rest = min(depth.rest, 7)
+        if n > 0 or depth.probing:
+            depth.outcome(0, right)
+            rest = 0 if right else rest
+        if rest > 0:
+            depth.rested(rest, single)
+        tokens += 1 + rest + (n > 0 and right)
+
+
+def test_text_that_becomes_predictable_is_found_as_soon_with_rests() -> None:
+    with_rests, without = (
+        statistics.median(until_drafting_begins(seed, rests=rests) for seed in range(40)) for rests in (True, False)
+    )
+    assert with_rests < without + 8
+
+
+def test_an_interrupt_as_a_time_is_learned_leaves_depths_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    depth = AdaptiveDepth(N_MAX)
+    depth.decoded(1, 1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Times, "_changed", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            depth.decoded(1, 1.0)
+    assert depth.choose(N_MAX) == 0
+    depth.decoded(1, 1.0)
+    assert depth.choose(N_MAX) == N_MAX
+
+
 def test_what_single_rows_take_is_learned_from_rests_too() -> None:
     """And not from looks, which take longer."""
     depth = AdaptiveDepth(N_MAX)
     idle(depth, 200, 0.001, rests=True)
-    looks = [n for n in range(500) if depth.rested(7, 0.0005) or depth.decoded(1, 0.002)]
-    assert not looks and depth.times()[0][1] == 0.0005
+    for _ in range(500):
+        depth.rested(7, 0.0005)
+        depth.decoded(1, 0.002)
+    assert depth.times()[0][1] == 0.0005
 
 
 def test_single_rows_are_timed_seldom_beside_drafts_of_the_text() -> None:

@@ -162,6 +162,15 @@ def test_an_exception_from_outside_as_tokens_come_leaves_it_usable(n: int) -> No
     check(drafter, text[: drafter._sequences[0].hi])
 
 
+def test_a_prompt_is_looked_at_as_it_comes_and_text_when_it_is_wanted() -> None:
+    drafter = NgramDrafter()
+    drafter.process(0, 0, list(range(100)), NONE)
+    drafter.process(0, 100, [1, 2], NONE)
+    assert len(drafter._sequences[0].before) == 100
+    assert drafter.draft(0, 102, 3, 2) == [4, 5]
+    assert len(drafter._sequences[0].before) == 102
+
+
 @pytest.mark.parametrize("n", range(1, 10))
 def test_an_exception_from_outside_as_runs_are_looked_at_leaves_it_usable(n: int) -> None:
     drafter, text = NgramDrafter(), [1, 2, 3, 4, 1, 2, 3, 5, 6]

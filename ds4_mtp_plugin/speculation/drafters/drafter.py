@@ -36,7 +36,7 @@ class Drafter(Protocol):
     of no use for drafting behind it. A drafter that has no basis for a draft (no hidden row of the token before, or an
     unknown sequence) returns none. Before `draft` may come `ready`, with the same arguments.
 
-    Failures of its own are EngineErrors. Speculation then rests until the next generation, and the drafter is called
+    Failures of its own are EngineErrors. Speculation then ends until the next generation, and the drafter is called
     again as if nothing had happened: it has to come out of a failure, or of any other exception that passes through it
     (a signal handler's, for instance), in a state that it can go on from.
 

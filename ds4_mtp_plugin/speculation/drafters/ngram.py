@@ -16,6 +16,8 @@ from .drafter import NOTHING_READY, More, Ready
 _SHORTEST, _LONGEST = 3, 32
 # How many earlier places are compared. Of equally long matches the last one counts.
 _PLACES = 24
+# Of more tokens at once, a prompt, runs are looked at as they come: the first cycle behind it would pay for them.
+_MANY = 16
 # Bits per token in a key.
 _BITS = 24
 
@@ -121,6 +123,8 @@ class NgramDrafter:
         if s is None or s.hi != n_past:
             s = self._sequences[seq_id] = _Sequence(n_past)
         s.add(tokens)
+        if len(tokens) > _MANY:
+            s.index()
         if seq_id in self._pending:
             for i, token in enumerate(tokens):
                 self._judge(seq_id, n_past + i, token)
