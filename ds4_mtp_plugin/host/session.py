@@ -149,11 +149,9 @@ class Session:
         rests = self._rest > 0 and len(tokens) == 1 and self._running is not None and self._ledger.sure
         if rests and llama.n_tokens == self._kept_at + self._kept:
             self._rest -= 1
-            if self._rested > 0:
-                self._eval_one(llama, host_eval, tokens, llama.n_tokens - 1)
-            else:
-                t0 = self._clock()
-                self._eval_one(llama, host_eval, tokens, llama.n_tokens - 1)
+            t0 = self._clock() if self._rested == 0 else None
+            self._eval_one(llama, host_eval, tokens, llama.n_tokens - 1)
+            if t0 is not None:
                 self._spec.target.wait()
                 self._each = self._clock() - t0
             self._rested += 1

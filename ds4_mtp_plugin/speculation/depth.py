@@ -115,7 +115,7 @@ class AdaptiveDepth:
         self._cycles_drafted = 0  # since there was no drafting
         self._idle = 0  # decodes since the head's last draft, but for those of a rest
         self._quiet = 0  # single rows since the last verify, or right draft
-        self._rests = 0
+        self._rests = 0  # how many there were
         self._budget = 0.0  # seconds that probes may take; below 0 they are owed
         self._probe = 0.0  # seconds that the last one took
         self._promising = False  # it was right

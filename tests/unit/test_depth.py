@@ -260,7 +260,7 @@ def test_an_exception_from_outside_leaves_no_half_known_costs(monkeypatch: pytes
     assert depth.choose(N_MAX) == N_MAX
 
 
-def idle(depth: AdaptiveDepth, n: int, single: float, *, rests: bool, right: bool = False) -> tuple[int, int]:
+def idle(depth: AdaptiveDepth, n: int, single: float, *, rests: bool) -> tuple[int, int]:
     """n tokens at which drafting does not pay: how many were looked at, and how many drafts were made to compare."""
     looks = probes = tokens = 0
     while tokens < n:
@@ -273,7 +273,7 @@ def idle(depth: AdaptiveDepth, n: int, single: float, *, rests: bool, right: boo
             depth.drafted(1, 0.6 * single)
             depth.worth(1)
             depth.decoded(1, single)
-            depth.outcome(0, right)
+            depth.outcome(0, False)
         if rests and depth.rest > 0:
             rest = min(depth.rest, 7)
             depth.rested(rest, single)
