@@ -222,6 +222,17 @@ def test_a_rest_ends_with_what_ends_the_text_as_it_is(llama: Make, plant: Plant)
         assert len(rights) > 8 and rights.count(False) <= 2, change
 
 
+def test_a_draft_of_no_tokens_rests(llama: Make, plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, looks = plant(acceptance=1.0), []
+    llm = llama(files.trunk, draft_model=MtpDraft(files.mtp, num_pred_tokens=0))
+    session = session_of(llm)
+    assert session is not None
+    speculate = session._speculate
+    monkeypatch.setattr(session, "_speculate", lambda *args: looks.append(args) or speculate(*args))
+    generate(llm, files.cycle[:30].tolist(), 80, temp=0.0)
+    assert 0 < len(looks) < 25
+
+
 def test_a_text_that_is_cut_amid_a_rest(llama: Make, tmp_path: Path) -> None:
     family = plant_family(tmp_path, "glm4moe")  # whose memory removes any row
     depth = script(llm := llama(family.trunk, draft_model=MtpDraft(ngram=False)), 0, 2, rest=4)
